@@ -1,0 +1,462 @@
+"""Train a vision transformer on fundus photographs without labels, by self-distillation.
+
+    python3 -m torch.distributed.launch SSRL.py     # a demonstration, minutes on a laptop
+    python SSRL.py --data DIR                       # your photographs, the default recipe
+    torchrun --nproc-per-node=4 SSRL.py --config configs/eyepacs_vits8.yaml --data DIR
+
+A student sees 2 global and V local crops of every photograph, a teacher the global ones; the
+student learns to match the teacher, which is the moving average of the student (DINO, arXiv
+2104.14294; for diabetic retinopathy arXiv 2410.00779). Writes runs/NAME/: config.yaml, log.jsonl,
+checkpoint*.pth, backbone.safetensors, crops.png. Shapes: B batch, V local views, K prototypes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm.optim
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+import features
+import losses
+import runs
+import utils
+import vision_transformer as vit
+from augment import MultiCrop, WholeView, apply_color, contact_sheet
+from data import DataOptions, PhotographDataset, StepSampler, open_manifest, training_loader
+from layouts import Manifest
+from utils import Diverged, RunOptions, Stopped, log
+
+# what may differ when a run is resumed; --epochs may also grow
+RESUMABLE = ("workers", "device", "log_every", "save_minutes", "keep_every", "knn_every")
+
+
+@dataclass
+class Options(DataOptions, RunOptions):
+    """Self-supervised training; the defaults are configs/eyepacs_vits16.yaml."""
+
+    arch: vit.Arch = "vit_small"  # Backbone.
+    patch_size: int = 16  # Side of a patch in pixels; the paper uses 8 and 16.
+    init: str = "timm:vit_small_patch16_224.dino"
+    """Weights that student and teacher start from: as --pretrained of the evaluation scripts, or
+    none (from scratch). timm:NAME downloads them."""
+    checkpoint_key: Literal["teacher", "student"] = "teacher"  # Which network of an --init file.
+    epochs: int = 100  # Passes over the training photographs.
+    batch_size: Annotated[int, tyro.conf.arg(aliases=("--batch-size-per-gpu",))] = 64
+    """Photographs of a micro-batch, for each process."""
+    accumulate: int = 1  # Micro-batches whose gradients make one step.
+    resume: Literal["auto", "never"] = "auto"  # Continue an unfinished run, or refuse to.
+    global_crop_size: int = 224  # Side of the 2 global crops in pixels.
+    local_crop_size: int = 96  # Side of the local crops in pixels.
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)  # Least and largest share of the area.
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)  # The same of local crops.
+    local_crops_number: int = 6  # Local crops of each photograph.
+    flip_vertical: bool = False  # Flip crops upside down half the time.
+    rotation: float = 0.0  # Turn crops by up to this many degrees either way.
+    color_strength: float = 1.0  # Multiplies DINO's colour jitter (0.4, 0.4, 0.2, 0.1).
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # Least and largest blur in pixels of a crop.
+    mean: tuple[float, float, float] = vit.IMAGENET_MEAN  # RGB mean of inputs, 0 to 1.
+    std: tuple[float, float, float] = vit.IMAGENET_STD  # RGB standard deviation of inputs.
+    out_dim: int = 65536  # Prototypes.
+    head_hidden_dim: int = 2048  # Width of the projection head's hidden layers.
+    use_bn_in_head: bool = False  # Batch norm in the projection head.
+    norm_last_layer: bool = True  # Keep the prototypes at length 1.
+    centering: Literal["mean", "sinkhorn"] = "mean"  # What balances the teacher's targets.
+    student_temp: float = 0.1  # Softmax temperature of the student.
+    teacher_temp: float = 0.04  # The teacher's, after its warm-up.
+    warmup_teacher_temp: float = 0.04  # The teacher's at the start.
+    warmup_teacher_temp_epochs: int = 0  # Epochs over which it goes from one to the other.
+    momentum_teacher: float = 0.996  # Of the teacher's moving average at the start; cosine to 1.
+    drop_path: float = 0.1  # Stochastic depth of the student's last block; from 0 at the first.
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"  # Optimizer.
+    lr: float = 5e-4  # Peak learning rate at a global batch of 256; scaled linearly with it.
+    min_lr: float = 1e-6  # Learning rate at the end, not scaled.
+    warmup_epochs: int = 10  # Epochs of linear warm-up of the learning rate.
+    weight_decay: float = 0.04  # At the start; none on biases and norms.
+    weight_decay_end: float = 0.4  # At the end, on a cosine.
+    clip_grad: float = 3.0  # Largest gradient norm of each parameter; 0 does not clip.
+    freeze_last_layer: int = 1  # Epochs at the start in which the prototypes stay as they are.
+    knn_every: int = 10  # Epochs between k-NN scores on val, where grades exist; 0: none.
+    log_every: int = 10  # Steps between lines of the log.
+    save_minutes: float = 15.0  # Most minutes between saves; an epoch's end saves too.
+    keep_every: Annotated[int, tyro.conf.arg(aliases=("--saveckp-freq",))] = 20
+    """Epochs between checkpoints that are kept, the untrained one first; 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        patch, last = self.patch_size, self.epochs
+        crops, scales = "global_crop_size local_crop_size", "global_crops_scale local_crops_scale"
+        spans = "warmup_epochs warmup_teacher_temp_epochs freeze_last_layer"
+        temps = "student_temp teacher_temp warmup_teacher_temp"
+        for names, fits, expected in (
+            ("epochs batch_size accumulate out_dim log_every", lambda v: v >= 1, "1 or more"),
+            ("local_crops_number knn_every keep_every clip_grad", lambda v: v >= 0, "0 or more"),
+            (crops, lambda v: v > 0 == v % patch, f"a multiple of --patch-size {patch}"),
+            (spans, lambda v: 0 <= v <= last, f"0 to --epochs {last}"),
+            (scales, lambda v: 0 < v[0] <= v[1] <= 1, "0 < least <= largest <= 1"),
+            (temps, lambda v: v > 0, "above 0"),
+            ("blur_sigma", lambda v: 0 < v[0] <= v[1] <= 2, "0 < least <= largest <= 2"),
+            ("momentum_teacher drop_path", lambda v: 0 <= v <= 1, "0 to 1"),
+        ):
+            utils.check_options(self, names, fits, expected)
+
+
+# ----------------------------------------------------------------------------- student and teacher
+
+
+class Network(nn.Module):
+    """Backbone and projection head; student and teacher are one each."""
+
+    def __init__(self, backbone: vit.Backbone, head: vit.ProjectionHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, *crops: Tensor) -> Tensor:
+        """Map crops, each (V_i B, 3, h, w) of one resolution, to logits (sum V_i B, K)."""
+        return self.head(torch.cat([self.backbone(batch) for batch in crops]))
+
+
+@dataclass
+class State:
+    """All that training changes."""
+
+    student: Network
+    teacher: Network
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    center: Tensor  # (K,)
+    step: int = 0
+    skipped: int = 0  # steps that overflowed in fp16
+    best_qwk: float = -1.0  # of the k-NN on val
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, numbers, lists and dicts alone."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in values.items()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        for name in self.__dataclass_fields__:
+            if hasattr(getattr(self, name), "load_state_dict"):
+                getattr(self, name).load_state_dict(saved[name])
+            elif name == "center":
+                self.center.copy_(saved[name])
+            else:
+                setattr(self, name, saved[name])
+
+
+def build_networks(o: Options) -> tuple[Network, Network]:
+    """Return student and teacher with equal weights, from `--init` or from scratch, on the CPU."""
+    torch.manual_seed(o.seed)
+    spec = vit.BackboneSpec(o.arch, o.patch_size, o.global_crop_size, o.mean, o.std)
+    backbone = vit.Backbone(spec, o.drop_path)
+    if o.init != "none":
+        vit.load_weights(backbone, vit.read_weights(o.init, o.checkpoint_key))
+    log.info("backbone: %s, init %s; projection head: from scratch", o.arch, o.init)
+    widths, bn = (backbone.embed_dim, o.out_dim, o.head_hidden_dim), o.use_bn_in_head
+    head = vit.ProjectionHead(*widths, use_bn=bn, norm_last_layer=o.norm_last_layer)
+    teacher = Network(vit.Backbone(spec), copy.deepcopy(head))
+    teacher.backbone.load_state_dict(backbone.state_dict())
+    return Network(backbone, head), teacher.requires_grad_(False)
+
+
+def build_optimizer(student: Network, name: str) -> torch.optim.Optimizer:
+    """Return the optimizer over two groups: decayed weights, then biases and norms."""
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if (p.ndim > 1) == many]} for many in (True, False)]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return timm.optim.Lars(groups, lr=0.0, momentum=0.9)
+
+
+# -------------------------------------------------------------------------------------------- step
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same throughout training."""
+
+    options: Options
+    processes: runs.Processes
+    folder: runs.RunFolder
+    dtype: torch.dtype | None  # of autocast
+    student: nn.Module  # the state's, wrapped where there are several processes
+    steps_per_epoch: int
+    total_steps: int
+    global_batch: int
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Return lr, weight_decay, momentum and teacher_temp: pure functions of the step."""
+        o, epoch, total = self.options, self.steps_per_epoch, self.total_steps
+        peak, warmup = o.lr * self.global_batch / 256, o.warmup_epochs * epoch
+        heating = o.warmup_teacher_temp_epochs * epoch
+        temps = (o.warmup_teacher_temp, o.teacher_temp)
+        return {
+            "lr": utils.cosine_schedule(step, total, peak, o.min_lr, warmup),
+            "weight_decay": utils.cosine_schedule(step, total, o.weight_decay, o.weight_decay_end),
+            "momentum": utils.cosine_schedule(step, total, o.momentum_teacher, 1.0),
+            "teacher_temp": utils.linear_schedule(step, heating, *temps),
+        }
+
+    def views(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Bring a batch's crops to the device, coloured and normalised, one tensor a resolution.
+
+        Views are the outer dimension: (2 B, 3, G, G), then (V B, 3, L, L) if V is not 0.
+        """
+        device, crops = self.processes.device, []
+        mean, std = (torch.tensor(v, device=device) for v in (self.options.mean, self.options.std))
+        pairs = (batch["global"], batch["color"][:, :2]), (batch["local"], batch["color"][:, 2:])
+        for images, color in pairs:
+            if images.shape[1]:
+                images = images.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+                color = color.transpose(0, 1).flatten(0, 1)
+                crops.append(apply_color(images, color, mean, std))
+        return crops
+
+
+def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> dict[str, Any]:
+    """Take one step over `accumulate` micro-batches and return its measurements.
+
+    Raises Diverged on every process, with nothing updated, when the loss of any is not finite.
+    """
+    o, now, device = run.options, run.schedule(state.step), run.processes.device
+    for group, decays in zip(state.optimizer.param_groups, (1, 0), strict=True):
+        group.update(lr=now["lr"], weight_decay=now["weight_decay"] * decays)
+    # what is dropped depends on the step and the process, not on what was drawn before
+    torch.manual_seed((o.seed * 1_000_003 + state.step) * 1024 + run.processes.rank)
+    total, mean, waited = torch.zeros((), device=device), torch.zeros_like(state.center), 0.0
+    for micro in range(o.accumulate):
+        started = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - started
+        crops = run.views(batch)
+        quiet = run.processes.world > 1 and micro < o.accumulate - 1  # reduce gradients once
+        with run.student.no_sync() if quiet else contextlib.nullcontext():
+            with torch.autocast(device.type, run.dtype, enabled=run.dtype is not None):
+                with torch.no_grad():
+                    teacher_logits = state.teacher(crops[0]).unflatten(0, (2, -1))  # (2, B, K)
+                student_logits = run.student(*crops).unflatten(0, (2 + o.local_crops_number, -1))
+            if o.centering == "sinkhorn":
+                targets = losses.sinkhorn_probs(teacher_logits, now["teacher_temp"])
+            else:
+                targets = losses.centered_probs(teacher_logits, state.center, now["teacher_temp"])
+                mean += losses.batch_mean(teacher_logits) / o.accumulate
+            loss = losses.distillation_loss(student_logits, targets, o.student_temp) / o.accumulate
+            state.scaler.scale(loss).backward()
+        total += loss.detach()
+    total = losses.all_reduce(total) / run.processes.world
+    if not torch.isfinite(total):
+        raise Diverged(
+            f"loss {float(total)} at step {state.step}, lr {now['lr']:.2g}; nothing of "
+            "this step was kept. Lower --lr or --clip-grad, or use --precision fp32"
+        )
+    if apply_gradients(state, run):
+        update_teacher(state.teacher, state.student, now["momentum"])
+        if o.centering == "mean":
+            losses.update_center(state.center, mean)
+    state.step += 1
+    measured = {"step": state.step, "loss": total, **now, "waited": waited}
+    return measured | (losses.spread(targets) if state.step % o.log_every == 0 else {})
+
+
+def apply_gradients(state: State, run: Run) -> bool:
+    """Clip and step; False, with nothing changed, when fp16 overflowed."""
+    o, last_layer = run.options, state.student.head.last_layer
+    state.scaler.unscale_(state.optimizer)
+    if o.clip_grad:
+        clip_gradients(list(state.student.parameters()), o.clip_grad)
+    if state.step < o.freeze_last_layer * run.steps_per_epoch:
+        for parameter in last_layer.parameters():
+            parameter.grad = None
+    scale = state.scaler.get_scale()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    accepted = state.scaler.get_scale() >= scale
+    state.skipped += not accepted
+    return accepted
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> None:
+    """Scale down, in place, each parameter's gradient to a norm of at most `limit`.
+
+    Each on its own, as DINO does, not all together.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    scales = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
+    torch._foreach_mul_(grads, scales)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the teacher: t <- m t + (1 - m) s, for every parameter."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+# ------------------------------------------------------------------------------------------ epochs
+
+
+def train(
+    state: State, run: Run, dataset: PhotographDataset, sampler: StepSampler, watch: Watch
+) -> None:
+    """Train from the state's step to the last one, saving as it goes.
+
+    Raises Stopped, with the state saved, after SIGTERM or SIGINT; the second one ends at once.
+    """
+    o, per_epoch = run.options, run.steps_per_epoch
+    stop = runs.StopSignal(run.processes)
+    sampler.set_range(state.step, run.total_steps)
+    batches = training_loader(dataset, sampler, o.workers, run.processes.device)
+    main, saved = run.processes.is_main, time.monotonic()
+    progress = runs.Progress(run.folder, state.step, run.total_steps, run.global_batch, main)
+    if state.step == 0 and main:
+        draw_crops(run, dataset, sampler)
+        progress.record(watch(state, 0, {}))
+        save(state, run, 0)
+    while state.step < run.total_steps:
+        progress.update(train_step(state, batches, run), state.step / per_epoch)
+        epoch, within = divmod(state.step, per_epoch)
+        began = time.monotonic()
+        if main and within == 0:
+            progress.record(watch(state, epoch, progress.latest))
+        stopped = stop.agreed()
+        due = within == 0 or stopped or time.monotonic() - saved > 60 * o.save_minutes
+        if main and due:
+            save(state, run, epoch if within == 0 else None)
+            saved = time.monotonic()
+        progress.since += time.monotonic() - began  # throughput is that of steps
+        if stopped:
+            raise Stopped(f"at step {state.step}, saved; the same command goes on from there")
+    progress.close()
+
+
+def draw_crops(run: Run, dataset: PhotographDataset, sampler: StepSampler) -> None:
+    """Draw the first batch's crops, as the networks see them, a photograph a row."""
+    batch = default_collate([dataset[key] for key in next(iter(sampler))[:8]])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (run.options.mean, run.options.std))
+    views = [c for crops in run.views(batch) for c in crops.cpu().split(len(batch["index"]))]
+    sheet = Image.fromarray(contact_sheet([v * std + mean for v in views]).permute(1, 2, 0).numpy())
+    utils.write_atomic(run.folder.path / "crops.png", lambda path: sheet.save(path, "PNG"))
+
+
+def save(state: State, run: Run, epoch: int | None = None, name: str = "checkpoint.pth") -> None:
+    """Write a checkpoint; at the end of an epoch the backbone too, and a copy that is kept."""
+    folder, spec = run.folder, asdict(state.student.backbone.spec)
+    content = state.state_dict() | {"spec": spec, "options": folder.options, "data": folder.data}
+    runs.save_torch(content, folder.path / name)
+    if epoch is None:
+        return
+    vit.save_backbone(state.teacher.backbone, folder.path / "backbone.safetensors", folder.options)
+    if run.options.keep_every and epoch % run.options.keep_every == 0:
+        runs.copy_atomic(folder.path / name, folder.path / f"checkpoint-{epoch:04d}.pth")
+
+
+class Watch:
+    """Looks at the teacher between epochs: collapse on a fixed set of images, k-NN on val."""
+
+    def __init__(self, run: Run, manifest: Manifest) -> None:
+        self.run, self.manifest = run, manifest
+        records = manifest.split("train")
+        self.fixed = records[:: max(1, len(records) // 256)][:256]
+        self.knn_splits = [
+            [r for r in manifest.split(name) if r.grade is not None] for name in ("train", "val")
+        ]
+
+    def __call__(self, state: State, epoch: int, latest: dict[str, Any]) -> dict[str, Any]:
+        """Return embedding std, RankMe and, when due, the k-NN's scores; keep the best teacher.
+
+        Warns of collapse, seen in these and in the latest line of the log.
+        """
+        o = self.run.options
+        seen = self._features(state, self.fixed)
+        record: dict[str, Any] = {"epoch": epoch, "rankme": features.rankme(seen)}
+        record["embedding_std"] = features.embedding_std(seen)
+        collapse = losses.collapse(latest | record, o.out_dim) if latest else ""
+        if collapse:
+            log.warning("epoch %d: collapse, %s", epoch, collapse)
+            record["collapse"] = collapse
+        due = o.knn_every and (epoch % o.knn_every == 0 or epoch == o.epochs)
+        if due and all(self.knn_splits):
+            bank, val = ((self._features(state, split), split) for split in self.knn_splits)
+            scores = features.knn_scores(*bank, *val)
+            record |= scores
+            if epoch and scores["knn_qwk"] > state.best_qwk:
+                state.best_qwk = scores["knn_qwk"]
+                save(state, self.run, name="checkpoint-best.pth")
+        return record
+
+    def _features(self, state: State, records: list[Any]) -> Tensor:
+        run, backbone = self.run, state.teacher.backbone
+        dataset = PhotographDataset(self.manifest, records, WholeView(run.options.global_crop_size))
+        workers = run.options.workers
+        found = features.extract_features(backbone.eval(), dataset, run.dtype, workers)
+        backbone.train()
+        return found["cls"][:, -1]
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def build_run(
+    o: Options, processes: runs.Processes, folder: runs.RunFolder, sampler: StepSampler
+) -> tuple[State, Run]:
+    """Return the untrained state and the run's constants."""
+    student, teacher = (network.to(processes.device) for network in build_networks(o))
+    wrapped: nn.Module = student
+    if processes.world > 1:
+        cuda = processes.device.type == "cuda"
+        if o.use_bn_in_head and cuda:  # batch norm over all processes; gloo has no kernel for it
+            student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
+        wrapped = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    dtype = runs.autocast_dtype(o.precision, processes.device)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype is torch.float16)
+    center = torch.zeros(o.out_dim, device=processes.device)
+    state = State(student, teacher, build_optimizer(student, o.optimizer), scaler, center)
+    per_epoch = sampler.steps_per_epoch
+    size = (per_epoch, o.epochs * per_epoch, sampler.global_batch)
+    return state, Run(o, processes, folder, dtype, wrapped, *size)
+
+
+def main(o: Options, config: Path | None) -> None:
+    """Train, or continue, or say that the run is finished."""
+    folder = runs.RunFolder.of(o, config, "eyepacs_vits16")
+    with runs.process_group(o.device) as processes:
+        if config and config == DEMO and processes.is_main:
+            log.info("demonstration (%s); for EyePACS: python SSRL.py --data FOLDER", config.name)
+        with processes.main_first():  # draws synthetic photographs once
+            manifest = open_manifest(o.data or "synthetic")
+        records = manifest.split("train")
+        sampler = StepSampler(len(records), o.batch_size, o.accumulate, processes, o.seed)
+        state, run = build_run(o, processes, folder, sampler)
+        checkpoint = folder.open(o, manifest.fingerprint, RESUMABLE, processes)
+        if checkpoint:
+            state.load_state_dict(checkpoint)
+            log.info("resumed at step %d of %d", state.step, run.total_steps)
+        if state.step == run.total_steps:
+            log.info("%s is finished (%d epochs); --overwrite starts anew", folder.path, o.epochs)
+            return
+        sizes, turns = (o.global_crop_size, o.local_crop_size), (o.flip_vertical, o.rotation)
+        scales = (o.global_crops_scale, o.local_crops_scale)
+        look = (o.color_strength, o.blur_sigma)
+        crops = MultiCrop(*sizes, *scales, o.local_crops_number, *turns, *look)
+        dataset = PhotographDataset(manifest, records, crops, o.seed)
+        train(state, run, dataset, sampler, Watch(run, manifest))
+
+
+DEMO = utils.HERE / "configs" / "demo.yaml"
+
+if __name__ == "__main__":
+    utils.run_main(main, Options, default_config=DEMO)

@@ -1,0 +1,284 @@
+"""From `--data` to batches: manifest, photographs, views, and the order of training.
+
+Every batch is a pure function of (seed, step): a resumed run, or one with another number of workers
+or processes, sees the same views of the same photographs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+import synthetic
+from layouts import Manifest, Record, open_data, read_manifest, split_patients, write_manifest
+from photographs import PhotographError, crop_square, find_fundus, load_photograph, open_photograph
+from runs import Processes
+from utils import InputError, log
+
+GRADES = 5  # ICDR's 0-4
+RAW_SIZE = 512  # side to which photographs that nobody prepared are brought as they are read
+SYNTHETIC_SIZE = 256  # side of the drawn ones
+SYNTHETIC_COUNT = 1000
+SYNTHETIC_VERSION = 1  # of the drawing: part of the cache's name
+
+
+@dataclass
+class DataOptions:
+    """Where the photographs are."""
+
+    data: Annotated[str, tyro.conf.arg(aliases=("--data-path",))] = ""
+    """synthetic[:N], a prepared folder, class folders, a folder of photographs, or a data set as
+    downloaded."""
+
+
+# ------------------------------------------------------------------------------- which photographs
+
+
+def open_manifest(data: str) -> Manifest:
+    """Open what `--data` names (DataOptions) and say what was found.
+
+    Raises InputError when it is nothing that is understood. Draws synthetic photographs once.
+    """
+    name, _, count = data.partition(":")
+    if name == "synthetic":
+        if count and not (count.isdecimal() and int(count) >= 10):
+            raise InputError(f"--data {data}: expected synthetic:N with N photographs, 10 or more")
+        manifest = synthetic_manifest(int(count or SYNTHETIC_COUNT))
+    else:
+        manifest = open_data(Path(data))
+    for note in manifest.notes:
+        log.info("data: %s", note)
+    return manifest
+
+
+def synthetic_manifest(count: int) -> Manifest:
+    """Return the cached folder of `count` drawn photographs; draws it if it is not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssrl"
+    folder = cache / f"synthetic-{count}-{SYNTHETIC_SIZE}-v{SYNTHETIC_VERSION}"
+    if not (folder / "manifest.csv").is_file():
+        draw_folder(folder, count)
+    return read_manifest(folder)
+
+
+def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
+    """Draw `count` photographs with their lesion masks as a prepared folder, on all cores.
+
+    `folder` receives images/*.jpg, masks/<image>_<lesion>.png (255 inside, only where there is such
+    a lesion) and manifest.csv, the manifest last: a folder that has it is complete.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "masks").mkdir(exist_ok=True)
+    eyes = synthetic.plan_eyes(count, seed)
+    records = [
+        Record(f"images/{e.patient}_{e.eye}.jpg", e.grade, e.patient, e.eye, "train", "synthetic")
+        for e in eyes
+    ]
+    log.info("drawing %d synthetic photographs into %s", count, folder)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(partial(_draw_eye, folder), eyes, chunksize=8)
+        for _ in tqdm(drawn, total=count, desc="draw", disable=None):
+            pass
+    write_manifest(folder, split_patients(records))
+
+
+def _draw_eye(folder: Path, eye: synthetic.DrawnEye) -> None:
+    """Draw one photograph and its masks, brought to the prepared form as a real one would be."""
+    frame, masks = synthetic.draw_photograph(eye, height=SYNTHETIC_SIZE * 9 // 8)
+    box, name = find_fundus(frame), f"{eye.patient}_{eye.eye}"
+    picture = Image.fromarray(crop_square(frame, box, SYNTHETIC_SIZE))
+    picture.save(folder / "images" / f"{name}.jpg", quality=95, subsampling=0)
+    for lesion, mask in masks.items():
+        if mask.any():
+            square = crop_square(mask.astype(np.uint8) * 255, box, SYNTHETIC_SIZE)
+            Image.fromarray(square).save(folder / "masks" / f"{name}_{lesion}.png")
+
+
+def graded(manifest: Manifest, records: Sequence[Record], name: str) -> list[Record]:
+    """Return the records with a grade; says how many have none, raises InputError if all."""
+    kept = [r for r in records if r.grade is not None]
+    if not kept:
+        raise InputError(f"{manifest.root / 'manifest.csv'}: no graded photograph for {name}")
+    if len(kept) < len(records):
+        log.info("%s: %d photographs without grade are left out", name, len(records) - len(kept))
+    return kept
+
+
+def test_sets(
+    manifest: Manifest, others: Sequence[str]
+) -> dict[str, tuple[Manifest, list[Record]]]:
+    """Return the graded test split under the name "", and all graded photographs of `others`.
+
+    Raises InputError when another set shares a file with this one's training or validation.
+    """
+    sets = {"": (manifest, graded(manifest, manifest.split("test"), "test"))}
+    known = {r.sha256 for r in manifest.records if r.split != "test" and r.sha256}
+    for data in others:
+        other = open_manifest(data)
+        shared = [r.path for r in other.records if r.sha256 in known]
+        if shared:
+            raise InputError(
+                f"--test-data {data}: {len(shared)} photographs are also in the training data, the "
+                f"first {shared[0]}; take them out of one of the two"
+            )
+        sets[Path(data).name] = (other, graded(other, other.records, data))
+    return sets
+
+
+def describe(manifest: Manifest, test: Manifest, records: Sequence[Record]) -> dict[str, Any]:
+    """Return what results.json says of the data: path, fingerprint, each split's counts.
+
+    Train and val are the manifest's; `test` may be another set, `records` are those tested on.
+    """
+    splits = {name: manifest.split(name) for name in ("train", "val")} | {"test": records}
+    counts = {}
+    for name, rows in splits.items():
+        grades = np.bincount([r.grade for r in rows if r.grade is not None], minlength=GRADES)
+        patients = len({r.patient for r in rows})
+        counts[name] = {"images": len(rows), "patients": patients, "by_grade": grades.tolist()}
+    path = {"path": manifest.root.name, "fingerprint": manifest.fingerprint}
+    if test is not manifest:
+        path |= {"test_path": test.root.name, "test_fingerprint": test.fingerprint}
+    return path | counts
+
+
+def grades_of(records: Sequence[Record]) -> np.ndarray:
+    """Return the grades of graded records, (N,) int64."""
+    return np.array([r.grade for r in records], dtype=np.int64)
+
+
+def patients_of(records: Sequence[Record]) -> np.ndarray:
+    """Return the patients of records, (N,) str."""
+    return np.array([r.patient for r in records], dtype=str)
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+View = Callable[[Tensor, tuple[int, ...]], dict[str, Tensor]]
+Key = tuple[int, int]  # (epoch, index)
+
+
+class PhotographDataset(Dataset):
+    """Views of a manifest's records, addressed by (epoch, index).
+
+    An item is what `view` makes of the uint8 photograph (3, h, w), and its `index`.
+    """
+
+    def __init__(
+        self, manifest: Manifest, records: list[Record], view: View, seed: int = 0
+    ) -> None:
+        self.root, self.prepared = manifest.root, manifest.prepared
+        self.records, self.view, self.seed = records, view, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: Key | int) -> dict[str, Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        path = self.root / self.records[index].path
+        try:
+            array = open_photograph(path) if self.prepared else load_photograph(path, RAW_SIZE)
+        except PhotographError as error:
+            raise InputError(
+                f"{path}: {error}; mend the file, or run prepare_data.py, which leaves it out"
+            ) from None
+        photograph = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+        item = self.view(photograph, (self.seed, epoch, index))
+        return item | {"index": torch.tensor(index)}
+
+
+class StepSampler(Sampler[list[Key]]):
+    """Gives this process's micro-batches of every step from `start` on, by arithmetic alone.
+
+    A step takes `batch_size * world * accumulate` images of its epoch's permutation: the same ones
+    however they are spread over processes and micro-batches. An incomplete last step is left out.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        accumulate: int = 1,
+        processes: Processes | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
+        self.rank, self.world = (processes.rank, processes.world) if processes else (0, 1)
+        self.seed = seed
+        self.global_batch = batch_size * accumulate * self.world
+        self.steps_per_epoch = images // self.global_batch
+        if not self.steps_per_epoch:
+            raise InputError(
+                f"--batch-size: a step takes {self.global_batch} photographs "
+                f"({batch_size} x {accumulate} accumulated x {self.world} processes), the training "
+                f"split has {images}; make it smaller"
+            )
+        self.start = self.stop = 0
+
+    def set_range(self, start: int, stop: int) -> None:
+        """Give the steps from `start` up to `stop`."""
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order, order_epoch = np.empty(0, int), -1
+        for step in range(self.start, self.stop):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                rng = np.random.default_rng((self.seed, epoch))
+                order, order_epoch = rng.permutation(self.images), epoch
+            chunk = order[within * self.global_batch :]
+            for micro in range(self.accumulate):
+                first = (micro * self.world + self.rank) * self.batch_size
+                yield [(epoch, int(i)) for i in chunk[first : first + self.batch_size]]
+
+
+def training_loader(
+    dataset: PhotographDataset, sampler: StepSampler, workers: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Iterate over the sampler's micro-batches; a worker's InputError arrives as itself."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_interrupt,
+    )
+    return _unwrap_errors(loader)
+
+
+def evaluation_loader(
+    dataset: PhotographDataset, batch_size: int, workers: int
+) -> Iterator[dict[str, Tensor]]:
+    """Iterate over a dataset in order, once."""
+    return _unwrap_errors(DataLoader(dataset, batch_size, num_workers=workers))
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which saves before it ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _unwrap_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    """Iterate; an InputError that a worker wrapped in its traceback is one message again."""
+    try:
+        yield from loader
+    except InputError as error:
+        message = str(error)
+        raise InputError(message.rpartition("InputError: ")[2].strip() or message) from None

@@ -1,0 +1,217 @@
+"""Frozen features: extracted once, cached, and judged. Shared by k-NN, linear probe and training.
+
+Shapes: N images, M bank images, D width, G = 5 grades.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import metrics
+from augment import normalize
+from data import PhotographDataset, View, evaluation_loader, grades_of, open_manifest, patients_of
+from layouts import Manifest, Record
+from runs import autocast_dtype, pick_device, versions
+from utils import InputError, log, write_atomic, write_json
+from vision_transformer import Backbone, Weights, load_backbone, newest_run, read_weights
+
+N_BLOCKS = 4  # the most that any protocol reads
+
+
+@torch.inference_mode()
+def extract_features(
+    backbone: Backbone,
+    dataset: PhotographDataset,
+    dtype: torch.dtype | None = None,
+    workers: int = 0,
+    title: str | None = None,
+) -> dict[str, Tensor]:
+    """Return frozen features of a dataset's images, in its order, as fp32 on the CPU.
+
+    `cls` (N, 4, D): normed [CLS] of the last 4 blocks (fewer where there are fewer), the last one
+    last; `patch` (N, D): mean patch token of the last; `color` (N, 6): the input's RGB mean and
+    standard deviation, 0 to 1, against which features are held. `title` shows a progress bar.
+    """
+    device, found = backbone.cls_token.device, []
+    mean, std = (torch.tensor(v, device=device) for v in (backbone.spec.mean, backbone.spec.std))
+    batches = evaluation_loader(dataset, 64, workers)
+    total = -(-len(dataset) // 64)
+    for batch in tqdm(batches, desc=title, total=total, disable=None if title else True):
+        images = batch["image"].to(device).float() / 255
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            cls_tokens, patch = backbone.frozen_features(normalize(images, mean, std), N_BLOCKS)
+        color = torch.cat([images.mean(dim=(2, 3)), images.std(dim=(2, 3))], dim=1)
+        found.append([v.float().cpu() for v in (cls_tokens, patch, color)])
+    names = ("cls", "patch", "color")
+    return {name: torch.cat(v) for name, v in zip(names, zip(*found, strict=True), strict=True)}
+
+
+def knn_predict(
+    bank: Tensor, bank_grades: Tensor, queries: Tensor, ks: Iterable[int], temperature: float = 0.07
+) -> dict[int, Tensor]:
+    """Return {k: votes (N, G)} of the weighted k-NN classifier, rows summing to 1.
+
+    `bank` (M, D) and `queries` (N, D) are l2-normalised here; `bank_grades` (M,) int64. The k most
+    cosine-similar bank images vote with exp(similarity / temperature) (Wu et al., arXiv 1805.01978,
+    section 3.4, as DINO uses it). One search of the largest k serves all, in chunks of queries.
+    Raises InputError when a k is not in 1..M.
+    """
+    ks = list(ks)
+    for k in ks:
+        if not 1 <= k <= len(bank):
+            raise InputError(
+                f"--k {k}: there are {len(bank)} graded training images; use 1 to that"
+            )
+    bank = torch.nn.functional.normalize(bank, dim=1)
+    queries = torch.nn.functional.normalize(queries, dim=1)
+    votes: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for chunk in queries.split(2048):
+        similarity, nearest = (chunk @ bank.T).topk(max(ks), dim=1)
+        weight = torch.exp((similarity - similarity[:, :1]) / temperature)  # the scale cancels
+        ballots = torch.nn.functional.one_hot(bank_grades[nearest], metrics.GRADES)
+        ballots = ballots * weight.unsqueeze(2)  # (N, k, G)
+        for k in ks:
+            summed = ballots[:, :k].sum(dim=1)
+            votes[k].append(summed / summed.sum(dim=1, keepdim=True))
+    return {k: torch.cat(parts) for k, parts in votes.items()}
+
+
+def knn_scores(
+    bank: Tensor, bank_records: list[Record], queries: Tensor, records: list[Record]
+) -> dict[str, float]:
+    """Return accuracy, majority accuracy and QWK of the 15-NN (fewer if the bank has fewer)."""
+    k, truth = min(15, len(bank)), grades_of(records)
+    votes = knn_predict(bank, torch.from_numpy(grades_of(bank_records)), queries, [k])[k].numpy()
+    p = metrics.Predictions(truth, votes.argmax(1), votes, patients_of(records))
+    values, line = metrics.point_values(p), metrics.majority(grades_of(bank_records), truth)
+    qwk = values["qwk"]["value"] or 0.0  # undefined where there is one grade: nothing is shown
+    accuracy = values["accuracy"]["value"]
+    return {"knn_accuracy": accuracy, "knn_majority": line["accuracy"], "knn_qwk": qwk}
+
+
+def rankme(features: Tensor) -> float:
+    """Return RankMe, exp of the entropy of the normalised singular values of features (N, D).
+
+    The effective number of directions in use, 1 to min(N, D). arXiv 2210.02885, equation 3.
+    """
+    values = torch.linalg.svdvals(features.double())
+    return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
+def embedding_std(features: Tensor) -> float:
+    """Return the mean standard deviation of l2-normalised features (N, D) times sqrt(D).
+
+    Near 1 for directions spread evenly, near 0 when all images have one embedding.
+    """
+    unit = torch.nn.functional.normalize(features, dim=1)
+    return float(unit.std(dim=0).mean() * features.shape[1] ** 0.5)
+
+
+# ------------------------------------------------------------------- what evaluation scripts share
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation starts from: frozen weights on their device, photographs, output."""
+
+    options: Any
+    weights: Weights
+    backbone: Backbone
+    dtype: torch.dtype | None
+    output: Path
+    manifest: Manifest
+
+    @property
+    def image_size(self) -> int:
+        return self.options.image_size or self.weights.spec.image_size
+
+
+def open_weights(options: Any, kind: str) -> tuple[Weights, Path]:
+    """Resolve `--pretrained` and the output folder: the run's `kind` (knn, linear, attention).
+
+    Without `--pretrained` the newest run under runs/. A kept epoch writes beside: `knn-0040`.
+    """
+    weights = read_weights(options.pretrained or str(newest_run()), options.checkpoint_key)
+    log.info("weights: %s, %s/%d", weights.path, weights.spec.arch, weights.spec.patch_size)
+    stem = Path(weights.path).stem
+    if weights.run and stem.startswith("checkpoint-"):
+        kind = f"{kind}-{stem.removeprefix('checkpoint-')}"
+    folder = weights.run or Path("runs") / f"{stem}-{weights.sha256[:8]}"
+    return weights, Path(options.output_dir) if options.output_dir else folder / kind
+
+
+def open_evaluation(options: Any, kind: str) -> Evaluation:
+    """Resolve weights, data (the run's own unless named), device and output folder.
+
+    Raises InputError without data, and when the folder holds results of other weights or data.
+    """
+    weights, output = open_weights(options, kind)
+    data = options.data or weights.run_options.get("data", "")
+    if not data:
+        raise InputError(f"{weights.path}: belongs to no run that names its data; add --data")
+    manifest = open_manifest(data)
+    there = output / "results.json"
+    if there.is_file() and not options.overwrite:
+        old = json.loads(there.read_text(encoding="utf-8"))
+        identity = old["backbone"]["sha256"], old["data"]["fingerprint"]
+        if identity != (weights.sha256, manifest.fingerprint):
+            raise InputError(f"{there}: is of other weights or data; --overwrite replaces it")
+    device = pick_device(options.device)
+    dtype = autocast_dtype(options.precision, device)
+    return Evaluation(options, weights, load_backbone(weights).to(device), dtype, output, manifest)
+
+
+def cached_features(
+    e: Evaluation, manifest: Manifest, records: list[Record], view: View
+) -> dict[str, Tensor]:
+    """Return the records' features, from the cache beside the results where they are in it.
+
+    Keyed by weights, photographs, view and precision.
+    """
+    rows = [(r.path, r.sha256) for r in records]
+    key = (e.weights.sha256, manifest.fingerprint, rows, view, str(e.dtype))
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    path = e.output.parent / "features" / f"{name}.safetensors"
+    if not path.is_file():
+        dataset = PhotographDataset(manifest, records, view)
+        found = extract_features(e.backbone, dataset, e.dtype, e.options.workers, "features")
+        write_atomic(path, lambda temporary: save_file(found, temporary))
+    return load_file(path)
+
+
+def write_results(
+    e: Evaluation,
+    output: Path,
+    records: list[Record],
+    p: metrics.Predictions,
+    extra: dict[str, Any],
+) -> None:
+    """Write results.json, predictions.csv and confusion.png of test `records`; print the metrics.
+
+    `extra` goes into results.json first: `protocol`, `data` (data.describe), `by_k` and the like.
+    """
+    w, summary = e.weights, metrics.summarize(p, grades_of(extra.pop("bank")))
+    spec = {"arch": w.spec.arch, "patch_size": w.spec.patch_size}
+    backbone = {"path": w.path, "sha256": w.sha256} | spec
+    ending = {"versions": versions(), "command": sys.argv}
+    write_json(output / "results.json", {**extra, "backbone": backbone, **summary, **ending})
+    lines = ["path,patient,eye,grade,prediction,p0,p1,p2,p3,p4"]
+    for r, grade, share in zip(records, p.predicted, p.probabilities, strict=True):
+        shares = ",".join(f"{value:.6g}" for value in share)
+        lines.append(f"{r.path},{r.patient},{r.eye},{r.grade},{grade},{shares}")
+    text = "\n".join(lines) + "\n"
+    write_atomic(output / "predictions.csv", lambda path: path.write_text(text, encoding="utf-8"))
+    metrics.plot_confusion(summary["confusion"], output / "confusion.png", extra["protocol"])
+    print(f"\n{extra['protocol']}, {len(records)} test photographs, {output}")
+    print("\n".join(metrics.result_lines(summary)))

@@ -1,0 +1,124 @@
+"""The self-distillation loss and what keeps its targets from collapsing: centring or Sinkhorn.
+
+Shapes: B images of this process, T teacher views (2), V student views, K prototypes. The student's
+first T views are the teacher's. Everything is computed in fp32, whatever the networks compute in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def distillation_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
+    """Return the cross-entropy of student views against the teacher's other views, a scalar.
+
+    `student_logits` is (V, B, K), `teacher_probs` (T, B, K) with rows summing to 1. The naive form:
+
+        for i in range(T):
+            for j in range(V):
+                if i != j:
+                    terms.append(-(P[i] * log_softmax(S[j] / student_temp)).sum(-1).mean())
+        loss = mean(terms)                                       # arXiv 2104.14294, equation 3
+
+    A teacher view meets the sum of all log-softmaxes but its own, so each is taken once.
+    """
+    views, batch, _ = student_logits.shape
+    teachers = len(teacher_probs)
+    log_probs = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
+    matched = (teacher_probs.sum(0) * log_probs.sum(0)).sum()
+    matched = matched - (teacher_probs * log_probs[:teachers]).sum()
+    return -matched / (batch * (teachers * views - teachers))
+
+
+def centered_probs(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+    """Return softmax((t - c) / temperature) of logits (T, B, K) and a centre (K,), in fp32."""
+    return torch.softmax((teacher_logits.float() - center) / teacher_temp, dim=-1)
+
+
+def batch_mean(teacher_logits: Tensor) -> Tensor:
+    """Return the mean (K,) of logits (T, B, K) over views, images and processes."""
+    mean = teacher_logits.float().mean(dim=(0, 1))
+    return all_reduce(mean) / _world()
+
+
+def update_center(center: Tensor, mean: Tensor, momentum: float = 0.9) -> None:
+    """Move the centre in place: c <- m c + (1 - m) mean. Call it for accepted steps only."""
+    center.lerp_(mean, 1 - momentum)
+
+
+def sinkhorn_probs(teacher_logits: Tensor, teacher_temp: float, iterations: int = 3) -> Tensor:
+    """Return targets (T, B, K) that use all prototypes equally, by Sinkhorn-Knopp, in fp32.
+
+    Over the samples of all views and processes, in the naive form with Q (samples, K):
+
+        Q = exp(t / teacher_temp)
+        repeat: Q /= Q.sum(0) * K;  Q /= Q.sum(1) * samples      # prototypes, then samples
+        Q *= samples                                             # rows sum to 1
+
+    SwAV, arXiv 2006.09882, section 3; in place of DINO's centring since arXiv 2304.07193. Kept as
+    logarithms, so that no temperature over- or underflows.
+    """
+    log_q = teacher_logits.float().flatten(0, 1) / teacher_temp  # (samples, K)
+    samples = len(log_q) * _world()
+    for _ in range(iterations):
+        log_q = log_q - _log_sum_over_samples(log_q) - math.log(log_q.shape[1])
+        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True) - math.log(samples)
+    return (log_q + math.log(samples)).exp().view_as(teacher_logits)
+
+
+def _log_sum_over_samples(log_q: Tensor) -> Tensor:
+    """Return log sum_samples exp(log_q) as (1, K), over all processes."""
+    top = log_q.amax(dim=0, keepdim=True)
+    if _world() > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    return top + all_reduce((log_q - top).exp().sum(dim=0, keepdim=True)).log()
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Return the entropy in nats over the last dimension; 0 log 0 counts as 0."""
+    return torch.special.entr(probs).sum(dim=-1)
+
+
+def spread(targets: Tensor) -> dict[str, float]:
+    """Return how targets (T, B, K) use the prototypes, as shares of ln K in 0-1.
+
+    `teacher_entropy` of each target, on average: 1 is uniform, 0 one prototype. `marginal_entropy`
+    of their mean: 0 when all images get the same one; at most teacher_entropy + ln(T B) / ln K.
+    """
+    top = math.log(targets.shape[-1])
+    return {
+        "teacher_entropy": float(entropy(targets).mean()) / top,
+        "marginal_entropy": float(entropy(targets.mean(dim=(0, 1)))) / top,
+    }
+
+
+def collapse(seen: dict[str, float], prototypes: int) -> str:
+    """Name the collapse that measurements show and what to change; empty when healthy.
+
+    `seen` holds `loss` (nats), `teacher_entropy` and `marginal_entropy` as `spread` returns them,
+    `embedding_std` and `rankme` of frozen features. Both of the last are needed, since RankMe of
+    near-constant features is that of their noise.
+    """
+    remedy = "try --use-bn-in-head, --centering sinkhorn"
+    if seen["teacher_entropy"] > 0.98 and abs(seen["loss"] - math.log(prototypes)) < 0.05:
+        return f"uniform: every target is flat, loss = ln K; {remedy} or a lower --teacher-temp"
+    if seen["marginal_entropy"] < 0.05:
+        return f"one prototype: all photographs get the same target; {remedy} or a lower --lr"
+    if seen["embedding_std"] < 0.05 or seen["rankme"] < 2:
+        return f"low rank: all embeddings lie along few directions; {remedy}"
+    return ""
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(value: Tensor) -> Tensor:
+    """Sum over processes, in place where there are several."""
+    if _world() > 1:
+        dist.all_reduce(value)
+    return value

@@ -1,0 +1,352 @@
+"""What a run needs of torch and its folder: processes, device, checkpoints, progress, stopping."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import pickle
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from utils import HERE, InputError, dump_options, log, write_atomic
+
+# ------------------------------------------------------------------------------- processes, device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of this run and the device of this one."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the body in the main process, then in the others."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Processes]:
+    """Join the processes that a launcher started (torchrun, torch.distributed.launch), if any.
+
+    One process needs no group. NCCL serves CUDA, gloo the rest. Raises InputError when `device`
+    (auto, cpu, cuda, mps) is not there.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if world == 1:
+        yield Processes(chosen)
+        return
+    cuda = chosen.type == "cuda"
+    backend = "nccl" if cuda and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+    if cuda:
+        torch.cuda.set_device(chosen)
+    try:
+        yield Processes(chosen, rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device for auto, cpu, cuda or mps; raises InputError when it is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind, there in present.items() if there), "cpu")
+    elif not present.get(name, True):
+        raise InputError(f"--device {name}: torch finds no such device here; use --device auto")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Return the autocast dtype for a `--precision`, None for fp32.
+
+    auto is bf16 on CUDA from compute capability 8.0 and on CPUs with native bf16, else fp32. Raises
+    InputError for what the device cannot do.
+    """
+    if device.type == "cpu" and precision in ("fp16", "bf16"):
+        if precision == "fp16" or not _survives_bf16():
+            raise InputError(f"--precision {precision}: this CPU cannot; use auto or fp32")
+    elif precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            native = device.type == "cpu" and _has_bf16() and _survives_bf16()
+        precision = "bf16" if native else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _has_bf16() -> bool:
+    """Say whether this CPU lists bf16 instructions; only Linux tells."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(errors="ignore").split())
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
+
+
+def _survives_bf16() -> bool:
+    """Let a child multiply in bf16: a virtual machine may list AMX and kill who uses it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child forks only to multiply
+        child = os.fork() if hasattr(os, "fork") else -1
+    if child == 0:
+        torch.set_num_threads(1)
+        a = torch.ones(64, 64, dtype=torch.bfloat16)
+        os._exit(int((a @ a)[0, 0] != 64))
+    return child < 0 or os.waitpid(child, 0)[1] == 0
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def save_torch(state: dict[str, Any], path: Path) -> None:
+    """Write tensors, numbers, strings, lists and dicts with torch.save, atomically."""
+    write_atomic(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_torch(path: Path) -> dict[str, Any]:
+    """Read a .pth file onto the CPU without running code from it.
+
+    DINO's files hold an argparse.Namespace and numpy scalars beside the tensors: these types, and
+    no others, are allowed. Raises InputError for missing, damaged or code-carrying files.
+    """
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    dtypes = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]
+    safe = [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch stores checksums but does not check them
+                damaged = archive.testzip()
+            if damaged:
+                raise InputError(f"{path}: is damaged (checksum of {damaged}); take another copy")
+        with torch.serialization.safe_globals(safe):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: holds more than weights and is refused, since loading it would run its code "
+            f"({reason}); export the weights as safetensors where the file is trusted"
+        ) from None
+    except (EOFError, OSError, RuntimeError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else "is empty or cut off"
+        raise InputError(f"{path}: cannot be read ({reason}); take another copy") from None
+
+
+def copy_atomic(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def versions() -> dict[str, str]:
+    """Return what a result depends on: Python, libraries, machine and this checkout's commit."""
+    names = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "device": cuda or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "commit": _git("rev-parse", "HEAD")
+        + ("-modified" if _git("status", "--porcelain") else ""),
+    }
+
+
+def _git(*arguments: str) -> str:
+    """Return what git says about this checkout, empty where there is no git."""
+    command = ["git", "-C", str(HERE), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# -------------------------------------------------------------------------- folder, progress, stop
+
+
+class RunFolder:
+    """A training run's folder: what may continue in it, and its log.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.options: dict[str, Any] = {}
+        self.data = ""  # fingerprint
+
+    @classmethod
+    def of(cls, options: Any, config: Path | None, default: str) -> RunFolder:
+        """Return `--output-dir`, else runs/<config name>; a run's own config names a new folder."""
+        if options.output_dir:
+            return cls(Path(options.output_dir))
+        if not config or config.name != "config.yaml":
+            return cls(Path("runs") / (config.stem if config else default))
+        base, count = config.resolve().parent.name, 2
+        while (Path("runs") / f"{base}-{count}").exists():
+            count += 1
+        return cls(Path("runs") / f"{base}-{count}")
+
+    def open(
+        self, options: Any, data: str, resumable: tuple[str, ...], processes: Processes
+    ) -> dict[str, Any] | None:
+        """Return the checkpoint to continue from, None for a fresh start, whose config is written.
+
+        Raises InputError when the folder holds a run of other options or data, naming them, unless
+        `--overwrite` clears it.
+        """
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
+        ignored = ("output_dir", "overwrite", "resume", "debug")
+        self.options = {k: v for k, v in plain.items() if k not in ignored}
+        self.data = data
+        checkpoint = self.path / "checkpoint.pth"
+        with processes.main_first():
+            if options.overwrite and processes.is_main and self.path.is_dir():
+                shutil.rmtree(self.path)
+        if checkpoint.is_file():
+            saved = load_torch(checkpoint)
+            self._compare(saved, resumable, options.resume)
+            return saved
+        if processes.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = dump_options(options)
+            write_atomic(self.path / "config.yaml", lambda temporary: temporary.write_text(text))
+            self.log({"command": sys.argv, "data": data, "versions": versions()})
+        return None
+
+    def _compare(self, saved: dict[str, Any], resumable: tuple[str, ...], resume: str) -> None:
+        old, new = saved["options"], self.options
+        changed = {k: f"{old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
+        if changed.get("epochs") and new["epochs"] > old["epochs"]:
+            log.info("resume: epochs %s", changed.pop("epochs"))
+        for name in resumable:
+            if name in changed:
+                log.info("resume: %s %s", name, changed.pop(name))
+        if saved["data"] != self.data:
+            changed["data"] = "other photographs, grades or splits"
+        if resume == "never":
+            changed["resume"] = "never, and a run is there"
+        if changed:
+            listed = "; ".join(f"{k}: {v}" for k, v in changed.items())
+            raise InputError(
+                f"{self.path} holds another run ({listed}); "
+                "give another --output-dir, or --overwrite to start anew in it"
+            )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one JSON object to log.jsonl."""
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Progress:
+    """Tells a training's course: a bar on a terminal, lines elsewhere, log.jsonl, TensorBoard."""
+
+    def __init__(self, folder: RunFolder, start: int, total: int, batch: int, main: bool) -> None:
+        self.folder, self.batch, self.main = folder, batch, main
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=None if main else True)
+        self.step, self.total = start, total
+        self.losses: list[torch.Tensor] = []
+        self.waited, self.since, self.said, self.knn = 0.0, time.monotonic(), 0.0, ""
+        self.latest: dict[str, Any] = {}  # the last measurements written
+        self.events = None
+        if main:
+            with contextlib.suppress(ImportError):  # TensorBoard is an extra
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.events = SummaryWriter(str(folder.path))
+
+    def update(self, measured: dict[str, Any], epoch: float) -> None:
+        """Count one step; measurements that come with an entropy are written down."""
+        self.step = measured["step"]
+        self.losses.append(measured["loss"])
+        self.waited += measured.pop("waited")
+        self.bar.update()
+        if "teacher_entropy" not in measured:
+            return
+        spent = time.monotonic() - self.since
+        self.latest = {"epoch": epoch} | measured
+        self.latest["loss"] = float(torch.stack(self.losses).mean())
+        self.latest["images_per_s"] = self.batch * len(self.losses) / spent
+        self.latest["data_wait"] = self.waited / spent
+        self.record(self.latest)
+        self.losses, self.waited, self.since = [], 0.0, time.monotonic()
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write a record to log.jsonl and TensorBoard, and show its main numbers."""
+        if not self.main:
+            return
+        began = time.monotonic()
+        self.folder.log({"step": self.step} | record)
+        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+        for name, value in numbers.items() if self.events else ():
+            self.events.add_scalar(name, value, self.step)
+        shown = "epoch loss lr images_per_s data_wait rankme knn_accuracy knn_majority knn_qwk"
+        text = ", ".join(f"{k} {numbers[k]:.4g}" for k in shown.split() if k in numbers)
+        if "knn_qwk" in record:
+            names = ("knn_accuracy", "knn_majority", "knn_qwk")
+            self.knn = ", val k-NN {:.3f} (majority {:.3f}), qwk {:.3f}".format(
+                *(record[name] for name in names)
+            )
+        if "loss" in record:
+            self.bar.set_postfix_str(text + self.knn)
+        if self.bar.disable and ("rankme" in record or began - self.said > 30):
+            self.said = began
+            left = (self.total - self.step) * self.batch / self.latest.get("images_per_s", 1e9)
+            log.info("step %d/%d: %s, %.0f s left", self.step, self.total, text, left)
+
+    def close(self) -> None:
+        """End the bar and the event file."""
+        self.bar.close()
+        if self.events:
+            self.events.close()
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT; the second one of a kind ends the program at once."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self.seen = processes, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> bool:
+        """Say whether any process was told to stop; all get the same answer at the same step."""
+        if self.processes.world == 1:
+            return self.seen
+        flag = torch.tensor(float(self.seen), device=self.processes.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)

@@ -1,0 +1,351 @@
+"""Everything with parameters or their names: backbone, projection head, weights in and out.
+
+The backbone is timm's VisionTransformer, with the views of it that self-distillation and frozen
+evaluation need; its parameter names are timm's, which are DINO's too.
+Shapes: B batch, N tokens, D width, H heads, K prototypes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from runs import load_torch
+from utils import InputError, sha256_of, write_atomic
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+ARCHS = {  # width, blocks, heads; each width stands for one number of heads
+    "vit_pico": (64, 2, 2),
+    "vit_nano": (128, 6, 4),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+}
+Arch = Literal["vit_pico", "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large"]
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What a backbone is, apart from its weights; written beside them."""
+
+    arch: str
+    patch_size: int
+    image_size: int  # that the position embedding is laid out for; other sizes resample it
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def timm_name(self) -> str:
+        """timm's model of these dimensions, empty where timm has none."""
+        name = f"{self.arch}_patch{self.patch_size}_224"
+        return name if self.image_size == 224 and timm.is_model(name) else ""
+
+
+class Backbone(VisionTransformer):
+    """timm's ViT of a BackboneSpec, without classifier; `forward` gives the normed [CLS] (B, D)."""
+
+    def __init__(self, spec: BackboneSpec, drop_path: float = 0.0) -> None:
+        if spec.image_size % spec.patch_size:
+            raise InputError(
+                f"--patch-size {spec.patch_size} does not divide the image size {spec.image_size}"
+            )
+        width, depth, heads = ARCHS[spec.arch]
+        super().__init__(
+            img_size=spec.image_size,
+            patch_size=spec.patch_size,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            num_classes=0,
+            drop_path_rate=drop_path,
+            dynamic_img_size=True,
+        )
+        self.spec = spec
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Embed images (B, 3, h, w) as position-encoded tokens (B, N, D), [CLS] first."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+
+    def frozen_features(self, images: Tensor, n_blocks: int = 4) -> tuple[Tensor, Tensor]:
+        """Return the normed [CLS] of the last n blocks (B, n, D) and the mean patch token (B, D).
+
+        Both as DINO's linear evaluation takes them: blocks in order, the last one last.
+        """
+        x, cls_tokens = self.tokens(images), []
+        for depth, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if depth > len(self.blocks) - n_blocks:
+                cls_tokens.append(self.norm(x[:, 0]))
+        return torch.stack(cls_tokens, dim=1), self.norm(x)[:, 1:].mean(dim=1)
+
+    def cls_attention(self, images: Tensor) -> Tensor:
+        """Return the last block's attention of [CLS] to all tokens, (B, H, N), rows summing to 1.
+
+        Only the [CLS] row is computed, so memory stays linear in N at any image size.
+        """
+        x = self.tokens(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        attention, x = last.attn, last.norm1(x)
+        batch, count, width = x.shape
+        query, key, _ = attention.qkv.weight.chunk(3)
+        query_bias, key_bias, _ = attention.qkv.bias.chunk(3)
+        q = nn.functional.linear(x[:, :1], query, query_bias)  # (B, 1, D)
+        k = nn.functional.linear(x, key, key_bias)  # (B, N, D)
+        q = q.reshape(batch, 1, attention.num_heads, -1).transpose(1, 2)  # (B, H, 1, D / H)
+        k = k.reshape(batch, count, attention.num_heads, -1).permute(0, 2, 3, 1)
+        return ((q @ k) * attention.scale).float().softmax(dim=-1).squeeze(2)
+
+
+class ProjectionHead(nn.Module):
+    """DINO's head: 3-layer MLP, l2-normalised bottleneck, weight-normalised prototypes.
+
+    Maps (B, D) to logits (B, K), each the cosine to a prototype where `norm_last_layer` fixes their
+    lengths at 1. `use_bn` puts batch norm after the two hidden layers. arXiv 2104.14294, section 3.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        *,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (in_dim, hidden_dim):
+            layers.append(nn.Linear(width, hidden_dim))
+            layers += [nn.BatchNorm1d(hidden_dim)] if use_bn else []
+            layers.append(nn.GELU())
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = weight_norm(nn.Linear(bottleneck_dim, out_dim, bias=False))
+        lengths = self.last_layer.parametrizations.weight.original0
+        nn.init.ones_(lengths)
+        lengths.requires_grad = not norm_last_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(nn.functional.normalize(self.mlp(x), dim=-1))
+
+
+# -------------------------------------------------------------------------------------- weights in
+
+
+@dataclass
+class BackboneOptions:
+    """Options of scripts that evaluate a frozen backbone."""
+
+    pretrained: str = ""
+    """Weights: a run folder, checkpoint.pth, *.safetensors, a DINO .pth, timm:NAME (downloads) or
+    none (a random ViT-S/16). Empty: the newest run under runs/."""
+    checkpoint_key: Literal["teacher", "student"] = "teacher"
+    """Which network of a checkpoint that holds both."""
+    image_size: int = 0
+    """Side of the square input in pixels; 0: the size the backbone was trained at."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Backbone weights under timm's names, with what is known of their origin."""
+
+    state: dict[str, Tensor] = field(repr=False)
+    spec: BackboneSpec
+    path: str
+    sha256: str
+    run: Path | None  # the run folder they belong to, if any
+    run_options: dict[str, Any]  # that run's options, empty without a run
+
+
+def read_weights(source: str, checkpoint_key: str = "teacher") -> Weights:
+    """Read backbone weights from what `--pretrained` and `--init` take.
+
+    Position embeddings keep their grid; `load_weights` resamples them. The network is used for
+    `timm:NAME` alone. Raises InputError for missing, damaged or unknown files.
+    """
+    if source == "none":
+        spec = BackboneSpec("vit_small", 16, 224)
+        return Weights(Backbone(spec).state_dict(), spec, "none", "random", None, {})
+    if source.startswith("timm:"):
+        return _read_timm(source)
+    path = Path(source)
+    if path.is_dir():
+        path = path / "backbone.safetensors"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such weights; expected a run folder, a .pth or .safetensors file, "
+            "timm:NAME or none"
+        )
+    if path.suffix == ".safetensors":
+        state, meta = _read_safetensors(path)
+    else:
+        state, meta = _read_torch(path, checkpoint_key)
+    spec = BackboneSpec(**meta["spec"]) if "spec" in meta else infer_spec(state, path)
+    run = path.parent if (path.parent / "config.yaml").is_file() else None
+    return Weights(state, spec, str(path), sha256_of(path), run, meta.get("options", {}))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file and the JSON of its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: is not a readable safetensors file ({error})") from None
+    return _clean(state), json.loads(metadata.get("ssrl", "{}"))
+
+
+def _read_torch(path: Path, checkpoint_key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a .pth: ours, DINO's with student and teacher, or a plain state dict."""
+    content = load_torch(path)
+    nested = content
+    for name in (checkpoint_key, "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            nested = content[name]
+            break
+    if not isinstance(nested, dict) or not all(isinstance(v, Tensor) for v in nested.values()):
+        found = (
+            ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        )
+        raise InputError(
+            f"{path}: holds no weights under {checkpoint_key!r} (--checkpoint-key), found: {found}"
+        )
+    meta = {k: content[k] for k in ("spec", "options") if isinstance(content.get(k), dict)}
+    return _clean(nested), meta if "spec" in meta else {}
+
+
+def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove wrappers' prefixes at the front of names, and heads (classifier or projection)."""
+    cleaned = {}
+    for name, value in state.items():
+        for prefix in ("module.", "_orig_mod.", "backbone."):
+            name = name.removeprefix(prefix)
+        if not name.startswith("head."):
+            cleaned[name] = value
+    return cleaned
+
+
+def _read_timm(source: str) -> Weights:
+    """Download (or take from its cache) a pretrained ViT of timm."""
+    name = source.removeprefix("timm:")
+    if not timm.is_model(name.split(".")[0]):
+        raise InputError(f"{source}: timm has no such model; try timm:vit_small_patch16_224.dino")
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # a download fails in many ways, none of them ours
+        raise InputError(
+            f"{source}: could not be downloaded ({type(error).__name__}: {error}). Without "
+            "network, copy the weights' file here and name it instead"
+        ) from None
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    spec = infer_spec(state, Path(name))
+    config = model.pretrained_cfg
+    spec = BackboneSpec(spec.arch, spec.patch_size, spec.image_size, config["mean"], config["std"])
+    digest = config.get("hf_hub_id") or name
+    return Weights(state, spec, source, str(digest), None, {})
+
+
+def infer_spec(state: dict[str, Tensor], path: Path) -> BackboneSpec:
+    """Tell architecture, patch and image size from the shapes of timm-named weights.
+
+    Raises InputError when they are not those of a ViT that this project has.
+    """
+    try:
+        width, _, patch, _ = state["patch_embed.proj.weight"].shape
+        tokens = state["pos_embed"].shape[1] - 1
+    except (KeyError, ValueError):
+        first = ", ".join(list(state)[:5])
+        raise InputError(f"{path}: these are not a ViT's weights (names begin: {first})") from None
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    side = int(tokens**0.5 + 0.5)
+    for arch, (arch_width, depth, _) in ARCHS.items():
+        if (width, len(blocks)) == (arch_width, depth) and side**2 == tokens:
+            return BackboneSpec(arch, patch, side * patch)
+    raise InputError(
+        f"{path}: a ViT of width {width} with {len(blocks)} blocks and {tokens} positions is none "
+        f"of {', '.join(ARCHS)}"
+    )
+
+
+def load_weights(backbone: Backbone, weights: Weights) -> None:
+    """Load strictly, resampling the position embedding (bicubic) to the backbone's grid.
+
+    Raises InputError listing missing, unexpected and mis-shaped names; never loads in part.
+    """
+    state, own = dict(weights.state), backbone.state_dict()
+    grid = weights.spec.image_size // weights.spec.patch_size
+    if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
+        new_size = list(backbone.patch_embed.grid_size)
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size, [grid, grid])
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        lines = [
+            f"\n  {k}: {', '.join(v[:8])}{' ...' * (len(v) > 8)}" for k, v in problems.items() if v
+        ]
+        raise InputError(
+            f"{weights.path}: does not fit {backbone.spec.arch}, patch {backbone.spec.patch_size}"
+            + "".join(lines)
+        )
+    backbone.load_state_dict(state)
+
+
+def load_backbone(weights: Weights) -> Backbone:
+    """Return the frozen backbone of these weights, in evaluation mode."""
+    backbone = Backbone(weights.spec)
+    load_weights(backbone, weights)
+    return backbone.eval().requires_grad_(False)
+
+
+def newest_run(folder: Path = Path("runs")) -> Path:
+    """Return the run with the newest backbone.safetensors; raises InputError if there is none."""
+    found = sorted(folder.glob("*/backbone.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError(
+            f"no trained run under {folder}/: make one with `python SSRL.py`, or name weights with "
+            "--pretrained"
+        )
+    return found[-1].parent
+
+
+# ------------------------------------------------------------------------------------- weights out
+
+
+def save_backbone(backbone: Backbone, path: Path, options: dict[str, Any]) -> None:
+    """Write weights under timm's names as safetensors, atomically.
+
+    Metadata: `architecture` (timm's model name where one exists) and `ssrl`, a JSON object with the
+    BackboneSpec (arch, patch_size, image_size, mean, std) and the run's options.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+    meta = {"spec": asdict(backbone.spec), "options": options}
+    metadata = {"ssrl": json.dumps(meta), "architecture": backbone.spec.timm_name}
+    write_atomic(path, lambda temporary: save_file(state, temporary, metadata=metadata))
