@@ -56,12 +56,13 @@ class Options(DataOptions, RunOptions):
     """Photographs of a micro-batch, for each process."""
     accumulate: int = 1  # Micro-batches whose gradients make one step.
     resume: Literal["auto", "never"] = "auto"  # Continue an unfinished run, or refuse to.
+    image_size: int = 0  # Side at which whole photographs are evaluated; 0: the global crops'.
     global_crop_size: int = 224  # Side of the 2 global crops in pixels.
     local_crop_size: int = 96  # Side of the local crops in pixels.
     global_crops_scale: tuple[float, float] = (0.4, 1.0)  # Least and largest share of the area.
     local_crops_scale: tuple[float, float] = (0.05, 0.4)  # The same of local crops.
     local_crops_number: int = 6  # Local crops of each photograph.
-    flip_vertical: bool = False  # Flip crops upside down half the time.
+    flip_vertical: bool = True  # Flip crops upside down half the time.
     rotation: float = 0.0  # Turn crops by up to this many degrees either way.
     color_strength: float = 1.0  # Multiplies DINO's colour jitter (0.4, 0.4, 0.2, 0.1).
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # Least and largest blur in pixels of a crop.
@@ -101,6 +102,7 @@ class Options(DataOptions, RunOptions):
         for names, fits, expected in (
             ("epochs batch_size accumulate out_dim log_every", lambda v: v >= 1, "1 or more"),
             ("local_crops_number knn_every keep_every clip_grad", lambda v: v >= 0, "0 or more"),
+            ("image_size", lambda v: v >= 0 == v % patch, f"a multiple of --patch-size {patch}"),
             (crops, lambda v: v > 0 == v % patch, f"a multiple of --patch-size {patch}"),
             (spans, lambda v: 0 <= v <= last, f"0 to --epochs {last}"),
             (scales, lambda v: 0 < v[0] <= v[1] <= 1, "0 < least <= largest <= 1"),
@@ -141,24 +143,20 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, lists and dicts alone."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in values.items()}
+        return {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in vars(self).items()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        for name in self.__dataclass_fields__:
-            if hasattr(getattr(self, name), "load_state_dict"):
-                getattr(self, name).load_state_dict(saved[name])
-            elif name == "center":
-                self.center.copy_(saved[name])
-            else:
-                setattr(self, name, saved[name])
+        for name in ("student", "teacher", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.center.copy_(saved["center"])
+        self.step, self.skipped, self.best_qwk = (saved[k] for k in ("step", "skipped", "best_qwk"))
 
 
 def build_networks(o: Options) -> tuple[Network, Network]:
     """Return student and teacher with equal weights, from `--init` or from scratch, on the CPU."""
     torch.manual_seed(o.seed)
-    spec = vit.BackboneSpec(o.arch, o.patch_size, o.global_crop_size, o.mean, o.std)
+    spec = vit.BackboneSpec(o.arch, o.patch_size, o.image_size or o.global_crop_size, o.mean, o.std)
     backbone = vit.Backbone(spec, o.drop_path)
     if o.init != "none":
         vit.load_weights(backbone, vit.read_weights(o.init, o.checkpoint_key))
@@ -201,13 +199,12 @@ class Run:
         """Return lr, weight_decay, momentum and teacher_temp: pure functions of the step."""
         o, epoch, total = self.options, self.steps_per_epoch, self.total_steps
         peak, warmup = o.lr * self.global_batch / 256, o.warmup_epochs * epoch
-        heating = o.warmup_teacher_temp_epochs * epoch
-        temps = (o.warmup_teacher_temp, o.teacher_temp)
+        heating = (o.warmup_teacher_temp_epochs * epoch, o.warmup_teacher_temp, o.teacher_temp)
         return {
             "lr": utils.cosine_schedule(step, total, peak, o.min_lr, warmup),
             "weight_decay": utils.cosine_schedule(step, total, o.weight_decay, o.weight_decay_end),
             "momentum": utils.cosine_schedule(step, total, o.momentum_teacher, 1.0),
-            "teacher_temp": utils.linear_schedule(step, heating, *temps),
+            "teacher_temp": utils.linear_schedule(step, *heating),
         }
 
     def views(self, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -217,12 +214,10 @@ class Run:
         """
         device, crops = self.processes.device, []
         mean, std = (torch.tensor(v, device=device) for v in (self.options.mean, self.options.std))
-        pairs = (batch["global"], batch["color"][:, :2]), (batch["local"], batch["color"][:, 2:])
-        for images, color in pairs:
-            if images.shape[1]:
-                images = images.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-                color = color.transpose(0, 1).flatten(0, 1)
-                crops.append(apply_color(images, color, mean, std))
+        for kind, color in (("global", batch["color"][:, :2]), ("local", batch["color"][:, 2:])):
+            images = batch[kind].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            if len(images):
+                crops.append(apply_color(images, color.transpose(0, 1).flatten(0, 1), mean, std))
         return crops
 
 
@@ -258,17 +253,15 @@ def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> 
         total += loss.detach()
     total = losses.all_reduce(total) / run.processes.world
     if not torch.isfinite(total):
-        raise Diverged(
-            f"loss {float(total)} at step {state.step}, lr {now['lr']:.2g}; nothing of "
-            "this step was kept. Lower --lr or --clip-grad, or use --precision fp32"
-        )
+        hint = "lower --lr or --clip-grad, or use --precision fp32"
+        raise Diverged(f"loss {float(total)} at step {state.step}, none of it kept: {hint}")
     if apply_gradients(state, run):
         update_teacher(state.teacher, state.student, now["momentum"])
         if o.centering == "mean":
             losses.update_center(state.center, mean)
     state.step += 1
-    measured = {"step": state.step, "loss": total, **now, "waited": waited}
-    return measured | (losses.spread(targets) if state.step % o.log_every == 0 else {})
+    now |= {"step": state.step, "loss": total, "waited": waited, "skipped": state.skipped}
+    return now | (losses.spread(targets) if state.step % o.log_every == 0 else {})
 
 
 def apply_gradients(state: State, run: Run) -> bool:
@@ -284,9 +277,9 @@ def apply_gradients(state: State, run: Run) -> bool:
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    accepted = state.scaler.get_scale() >= scale
-    state.skipped += not accepted
-    return accepted
+    overflowed = state.scaler.get_scale() < scale
+    state.skipped += overflowed
+    return not overflowed
 
 
 @torch.no_grad()
@@ -400,7 +393,7 @@ class Watch:
 
     def _features(self, state: State, records: list[Any]) -> Tensor:
         run, backbone = self.run, state.teacher.backbone
-        dataset = PhotographDataset(self.manifest, records, WholeView(run.options.global_crop_size))
+        dataset = PhotographDataset(self.manifest, records, WholeView(backbone.spec.image_size))
         workers = run.options.workers
         found = features.extract_features(backbone.eval(), dataset, run.dtype, workers)
         backbone.train()
@@ -414,8 +407,7 @@ def build_run(
     o: Options, processes: runs.Processes, folder: runs.RunFolder, sampler: StepSampler
 ) -> tuple[State, Run]:
     """Return the untrained state and the run's constants."""
-    student, teacher = (network.to(processes.device) for network in build_networks(o))
-    wrapped: nn.Module = student
+    student, teacher = wrapped, _ = [net.to(processes.device) for net in build_networks(o)]
     if processes.world > 1:
         cuda = processes.device.type == "cuda"
         if o.use_bn_in_head and cuda:  # batch norm over all processes; gloo has no kernel for it

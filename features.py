@@ -5,7 +5,9 @@ Shapes: N images, M bank images, D width, G = 5 grades.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Iterable
@@ -144,7 +146,7 @@ def open_weights(options: Any, kind: str) -> tuple[Weights, Path]:
     """
     weights = read_weights(options.pretrained or str(newest_run()), options.checkpoint_key)
     log.info("weights: %s, %s/%d", weights.path, weights.spec.arch, weights.spec.patch_size)
-    stem = Path(weights.path).stem
+    stem = Path(weights.path.replace(":", "-")).stem  # timm:NAME
     if weights.run and stem.startswith("checkpoint-"):
         kind = f"{kind}-{stem.removeprefix('checkpoint-')}"
     folder = weights.run or Path("runs") / f"{stem}-{weights.sha256[:8]}"
@@ -182,7 +184,8 @@ def cached_features(
     rows = [(r.path, r.sha256) for r in records]
     key = (e.weights.sha256, manifest.fingerprint, rows, view, str(e.dtype))
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
-    path = e.output.parent / "features" / f"{name}.safetensors"
+    beside = e.output if e.options.output_dir else e.output.parent
+    path = beside / "features" / f"{name}.safetensors"
     if not path.is_file():
         dataset = PhotographDataset(manifest, records, view)
         found = extract_features(e.backbone, dataset, e.dtype, e.options.workers, "features")
@@ -206,12 +209,12 @@ def write_results(
     backbone = {"path": w.path, "sha256": w.sha256} | spec
     ending = {"versions": versions(), "command": sys.argv}
     write_json(output / "results.json", {**extra, "backbone": backbone, **summary, **ending})
-    lines = ["path,patient,eye,grade,prediction,p0,p1,p2,p3,p4"]
-    for r, grade, share in zip(records, p.predicted, p.probabilities, strict=True):
-        shares = ",".join(f"{value:.6g}" for value in share)
-        lines.append(f"{r.path},{r.patient},{r.eye},{r.grade},{grade},{shares}")
-    text = "\n".join(lines) + "\n"
-    write_atomic(output / "predictions.csv", lambda path: path.write_text(text, encoding="utf-8"))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["path", "patient", "eye", "grade", "prediction", "p0", "p1", "p2", "p3", "p4"])
+    for r, grade, shares in zip(records, p.predicted, p.probabilities, strict=True):
+        rows.writerow([r.path, r.patient, r.eye, r.grade, grade, *(f"{v:.6g}" for v in shares)])
+    write_atomic(output / "predictions.csv", lambda path: path.write_text(text.getvalue(), "utf-8"))
     metrics.plot_confusion(summary["confusion"], output / "confusion.png", extra["protocol"])
     print(f"\n{extra['protocol']}, {len(records)} test photographs, {output}")
     print("\n".join(metrics.result_lines(summary)))

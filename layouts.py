@@ -60,22 +60,18 @@ class Manifest:
 
 
 def open_data(path) -> Manifest:
-    """Recognise a folder and read what is known about its photographs, splits completed.
-
-    Accepts EXPECTED; raises InputError saying what was found instead.
-    """
+    """Recognise a folder (EXPECTED, else InputError) and read its records, splits completed."""
     root = Path(path).expanduser()
     root = root.parent if root.name == "manifest.csv" else root
     if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
-        raise InputError(f"{root}: {what}; expected {EXPECTED}")
+        raise InputError(f"{root}: is not a folder that exists; expected {EXPECTED}")
     notes: list[str] = []
     if (root / "manifest.csv").is_file():
         manifest = read_manifest(root)
     else:
         paths = _scan(root)
-        read = ((name, read(root, paths, notes)) for name, read in LAYOUTS.items())
-        layout, records = next(found for found in read if found[1] is not None)
+        read = ((layout, adapter(root, paths, notes)) for layout, adapter in LAYOUTS.items())
+        layout, records = next(pair for pair in read if pair[1] is not None)
         manifest = Manifest(root, tuple(records), False, layout)
     _check_leaks(manifest.records, root)
     before = Counter(record.split for record in manifest.records)
@@ -118,8 +114,7 @@ def _read_csv(file: Path, required: Sequence[str]) -> list[tuple[str, dict[str, 
     try:
         text = file.read_text(encoding="utf-8-sig")
         first = text.partition("\n")[0]
-        lines = io.StringIO(text, newline="")
-        reader = csv.reader(lines, delimiter=max(",;\t", key=first.count))
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
         header = [name.strip() for name in next(reader, [])]
         rows = [(f"{file}, row {reader.line_num}", [c.strip() for c in cells]) for cells in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -138,43 +133,36 @@ def _parse_row(where: str, row: dict[str, str]) -> Record:
     outside = path.anchor or ".." in path.parts or "\0" in row["path"]
     split, eye = SPLITS.get(row["split"].lower()), row["eye"].lower()
     sizes = [row.get(name, "") for name in ("width", "height")]
-    _check(
-        where,
+    for name, value, good, expected in (
         ("path", row["path"], path.parts and not outside, "one inside the csv's folder"),
         ("grade", row["grade"], re.fullmatch(GRADE, row["grade"]), "0, 1, 2, 3, 4, or nothing"),
         ("patient", row["patient"], row["patient"], "a name (unknown: one for each photograph)"),
         ("eye", row["eye"], eye in ("", "left", "right"), "left, right or nothing"),
         ("split", row["split"], split, "train, val or test"),
         ("width, height", sizes, re.fullmatch("[0-9]*", "".join(sizes)), "whole numbers"),
-    )
+    ):
+        if not good:
+            raise InputError(f"{where}: {name} is {value!r}; expected {expected}")
     name, grade = str(PurePosixPath(row["path"])), int(row["grade"][0]) if row["grade"] else None
     width, height = (int(size) if size else None for size in sizes)
     rest = row.get("source", ""), width, height, row.get("sha256", "").lower()
     return Record(name, grade, row["patient"], eye, split, *rest)
 
 
-def _check(where: str, *checks: tuple[str, object, object, str]) -> None:
-    """Checks are (name, value, whether it is good, what was expected)."""
-    for name, value, good, expected in checks:
-        if not good:
-            raise InputError(f"{where}: {name} is {value!r}; expected {expected}")
-
-
 def _check_files(root: Path, rows: dict[str, str]) -> None:
     """Every path must be a file under root, links included; one listing per folder is fast."""
     listings: dict[str, dict[str, os.DirEntry]] = {}
-    missing = []
+    real_root, missing = os.path.realpath(root), []
     for path, where in rows.items():
         folder, _, name = path.rpartition("/")
-        linked = folder not in listings
+        entry = listings.get(folder, {}).get(name)
+        checked = folder in listings and not (entry and entry.is_symlink())
+        if not checked and not Path(os.path.realpath(root / path)).is_relative_to(real_root):
+            raise InputError(f"{where}: {path} is a link out of the folder; put the file there")
         if folder not in listings:
             there = os.path.isdir(root / folder)
             listings[folder] = {e.name: e for e in os.scandir(root / folder)} if there else {}
-        entry = listings[folder].get(name)
-        if linked or (entry and entry.is_symlink()):
-            real = Path(os.path.realpath(root / path))
-            if not real.is_relative_to(os.path.realpath(root)):
-                raise InputError(f"{where}: {path} is a link out of the folder; put the file there")
+            entry = listings[folder].get(name)
         # A disk that ignores case or composes accents finds what its listing spells otherwise.
         if not (entry.is_file() if entry else os.path.isfile(root / path)):
             missing.append(path)
@@ -218,8 +206,7 @@ def _cut(records: Sequence[Record], name: str, share: float, seed: int) -> list[
             grade = -1 if record.grade is None else record.grade
             worse[record.patient] = max(grade, worse.get(record.patient, -1))
     strata = defaultdict(list)
-    # By hash, not by random numbers: every version of everything takes the same patients, and one
-    # patient more or less leaves most others where they are.
+    # By hash, not by random numbers: any version of anything takes the same patients.
     for patient in sorted(worse, key=lambda p: hashlib.sha256(f"{seed} {p}".encode()).digest()):
         strata[worse[patient]].append(patient)
     # All strata evenly interleaved: any beginning of this order has the same share of each.
@@ -237,9 +224,8 @@ def _eyepacs(root: Path, paths: list[str], notes: list[str]) -> list[Record] | N
     if not labelled:
         return None
     inside = {split: [p for p in paths if p.lower().startswith(f"{split}/")] for split in files}
-    items = []
-    for split, file in labelled.items():
-        items += _join(inside[split], file, split, notes) if inside[split] else []
+    join = (_join(inside[split], file, split, notes) for split, file in labelled.items())
+    items = [item for joined in join for item in joined]
     if not items:
         raise InputError(f"{root}: no photographs in {_some([*labelled])}; {_expected(names)}")
     if "test" not in labelled:
@@ -259,10 +245,11 @@ def _join(paths: list[str], file: Path, split: str, notes: list[str]) -> list[tu
     for where, row in _read_csv(file, ("image", "level")):
         stem, suffix = os.path.splitext(row["image"].casefold())
         stem, grade = stem + suffix * (suffix not in SUFFIXES), row["level"]
-        _check(where, ("level", grade, re.fullmatch(GRADE, grade), "0, 1, 2, 3 or 4"))
+        if not re.fullmatch(GRADE, grade):
+            raise InputError(f"{where}: level is {grade!r}; expected 0, 1, 2, 3 or 4")
         grade = int(grade[0]) if grade else None
-        known = grades.setdefault(stem, grade)
-        _check(where, (f"level of {stem}", grade, known == grade, f"{known} as before"))
+        if grades.setdefault(stem, grade) != grade:
+            raise InputError(f"{where}: {stem} has level {grades[stem]} further up; keep one")
     lonely = [path for stem, path in by_stem.items() if stem not in grades]
     _tell(notes, f"photographs without a row in {file.name}", lonely)
     _tell(notes, f"rows of {file.name} without photograph", [s for s in grades if s not in by_stem])
@@ -319,15 +306,13 @@ LAYOUTS = {"eyepacs": _eyepacs, "class folders": _class_folders, "photographs": 
 
 
 def _records(items: Iterable[tuple[str, int | None, str]]) -> list[Record]:
-    """Name the patients of (path, grade, split): <patient>_<left|right>, else each its own.
-
-    A stem that occurs twice (`0/1.jpg`, `1/1.jpg`) is numbering, not a patient: the path is.
-    """
+    """Records of (path, grade, split); patients are named <patient>_<left|right>, else by stem."""
     items = [(PurePosixPath(path), grade, split) for path, grade, split in items]
     times = Counter(path.stem for path, _, _ in items)
     records = []
     for path, grade, split in items:
         match = re.fullmatch("(.+)_(left|right)", path.stem, re.IGNORECASE)
+        # A stem that occurs twice (0/1.jpg, 1/1.jpg) is numbering, no patient: take the path.
         alone = path.stem if times[path.stem] == 1 else str(path.with_suffix(""))
         patient, eye = (match[1], match[2].lower()) if match else (alone, "")
         records.append(Record(str(path), grade, patient, eye, split))

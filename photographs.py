@@ -6,6 +6,7 @@ training, evaluation and attention maps see the same picture. Needs only numpy a
 
 import contextlib
 import io
+import os
 import warnings
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from PIL import Image, ImageFilter, UnidentifiedImageError
 
 MAX_PIXELS = MAX_BYTES = 100_000_000
 MIN_SIDE = 64  # of a raw photograph; below it there is no fundus to grade
-FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "BMP", "WEBP")  # and no others: EPS would run a program
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # and no others: EPS would run a program
 JPEG, END_OF_JPEG = b"\xff\xd8\xff", b"\xff\xd9"
 
 T = Image.Transpose
@@ -144,11 +145,11 @@ def _decode(path, min_side: int | None, allow_truncated: bool) -> tuple[np.ndarr
 def _read_bytes(path) -> bytes:
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else None
     except OSError as error:
         raise PhotographError(f"cannot be read ({error.strerror or error})") from None
-    if not 0 < len(data) <= MAX_BYTES:
-        raise PhotographError(f"has over {MAX_BYTES // 10**6} MB" if data else "is empty (0 bytes)")
+    if not data:
+        raise PhotographError(f"has over {MAX_BYTES // 10**6} MB" if data is None else "is empty")
     return data
 
 
@@ -211,7 +212,7 @@ def _disc(mask: np.ndarray) -> Box:
     x, y = x + 0.5 - (left + right) / 2, y + 0.5 - (top + bottom) / 2
     disc = x**2 + y**2 <= max(right - left, bottom - top) ** 2 / 4
     mask = (_hull(mask) & _hull(mask.T).T)[top:bottom, left:right]  # shadows inside do not count
-    is_disc = disc.any() and mask[disc].mean() > 0.93
+    is_disc = disc.any() and mask[disc].mean() > 0.95
     return Box(left, top, right, bottom) if is_disc else Box(0, 0, 0, 0)
 
 

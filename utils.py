@@ -18,7 +18,10 @@ import tempfile
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
 
 log = logging.getLogger("ssrl")
 HERE = Path(__file__).resolve().parent  # of the checkout: where configs/ lies
@@ -47,7 +50,9 @@ class RunOptions:
     """Where to compute; auto takes CUDA, then MPS, then the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks; auto is bf16 where the hardware has it, else fp32."""
-    workers: int = dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    workers: Annotated[int, tyro.conf.arg(aliases=("--num-workers",))] = dataclasses.field(
+        default_factory=lambda: min(8, os.cpu_count() or 1)
+    )
     """Processes that load photographs, for each training process; 0: none beside it."""
     seed: int = 0
     """Seed of everything random. Splits do not depend on it."""
@@ -77,8 +82,6 @@ def parse(
     the config file used, if any. Raises InputError for faults of the YAML file and for empty lists;
     faults of flags end the program with exit code 2, after a message naming the nearest known one.
     """
-    import tyro
-
     arguments = _drop_option(list(sys.argv[1:] if argv is None else argv), "--local-rank")[0]
     arguments, config = _drop_option(arguments, "--config")
     has_data = any(
@@ -139,8 +142,6 @@ def _yaml_flags(options_class: type, path: Path) -> list[str]:
 
 def _yaml_items(path: Path) -> typing.Iterator[tuple[str, list[str], str]]:
     """Give key, values as text and place ("file, line n: ") of a YAML mapping's entries."""
-    import yaml
-
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
@@ -159,8 +160,6 @@ def _yaml_items(path: Path) -> typing.Iterator[tuple[str, list[str], str]]:
 
 def dump_options(options: Any) -> str:
     """Return every option but output_dir as YAML that `--config` reads back to the same values."""
-    import yaml
-
     values = {k: v for k, v in dataclasses.asdict(options).items() if k != "output_dir"}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return yaml.safe_dump(plain, sort_keys=False)

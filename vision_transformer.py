@@ -7,13 +7,15 @@ Shapes: B batch, N tokens, D width, H heads, K prototypes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
+import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
@@ -154,9 +156,9 @@ class ProjectionHead(nn.Module):
 
 @dataclass
 class BackboneOptions:
-    """Options of scripts that evaluate a frozen backbone."""
+    """Which frozen backbone to evaluate."""
 
-    pretrained: str = ""
+    pretrained: Annotated[str, tyro.conf.arg(aliases=("--pretrained-weights",))] = ""
     """Weights: a run folder, checkpoint.pth, *.safetensors, a DINO .pth, timm:NAME (downloads) or
     none (a random ViT-S/16). Empty: the newest run under runs/."""
     checkpoint_key: Literal["teacher", "student"] = "teacher"
@@ -262,8 +264,8 @@ def _read_timm(source: str) -> Weights:
     spec = infer_spec(state, Path(name))
     config = model.pretrained_cfg
     spec = BackboneSpec(spec.arch, spec.patch_size, spec.image_size, config["mean"], config["std"])
-    digest = config.get("hf_hub_id") or name
-    return Weights(state, spec, source, str(digest), None, {})
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
+    return Weights(state, spec, source, digest, None, {})
 
 
 def infer_spec(state: dict[str, Tensor], path: Path) -> BackboneSpec:

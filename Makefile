@@ -1,0 +1,25 @@
+# make test and make demo are all a newcomer needs: each makes .venv if it is missing, installs, runs.
+PYTHON ?= python3
+BIN = .venv/bin
+RUN = runs/demo
+
+.PHONY: test demo
+
+$(BIN)/installed: requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+test: $(BIN)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+demo: $(BIN)/installed
+	$(BIN)/python SSRL.py
+	$(BIN)/python eval_knn.py --pretrained $(RUN)/checkpoint-0000.pth --k 15
+	$(BIN)/python eval_knn.py --pretrained $(RUN) --k 15
+	$(BIN)/python eval_linear.py --pretrained $(RUN) --features color
+	$(BIN)/python eval_linear.py --pretrained $(RUN)
+	$(BIN)/python visualize_attention.py --pretrained $(RUN) --image $(RUN)/crops.png
+	$(BIN)/python -m tools.report --table $(RUN)
