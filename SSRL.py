@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -70,7 +71,8 @@ class Options(DataOptions, RunOptions):
     std: tuple[float, float, float] = vit.IMAGENET_STD  # RGB standard deviation of inputs.
     out_dim: int = 65536  # Prototypes.
     head_hidden_dim: int = 2048  # Width of the projection head's hidden layers.
-    use_bn_in_head: bool = False  # Batch norm in the projection head.
+    use_bn_in_head: bool = False  # Batch norm after the projection head's hidden layers.
+    center_bottleneck: bool = False  # Batch norm before its l2-normalisation, too.
     norm_last_layer: bool = True  # Keep the prototypes at length 1.
     centering: Literal["mean", "sinkhorn"] = "mean"  # What balances the teacher's targets.
     student_temp: float = 0.1  # Softmax temperature of the student.
@@ -161,8 +163,9 @@ def build_networks(o: Options) -> tuple[Network, Network]:
     if o.init != "none":
         vit.load_weights(backbone, vit.read_weights(o.init, o.checkpoint_key))
     log.info("backbone: %s, init %s; projection head: from scratch", o.arch, o.init)
-    widths, bn = (backbone.embed_dim, o.out_dim, o.head_hidden_dim), o.use_bn_in_head
-    head = vit.ProjectionHead(*widths, use_bn=bn, norm_last_layer=o.norm_last_layer)
+    widths = (backbone.embed_dim, o.out_dim, o.head_hidden_dim)
+    norms = {"use_bn": o.use_bn_in_head, "center_bottleneck": o.center_bottleneck}
+    head = vit.ProjectionHead(*widths, **norms, norm_last_layer=o.norm_last_layer)
     teacher = Network(vit.Backbone(spec), copy.deepcopy(head))
     teacher.backbone.load_state_dict(backbone.state_dict())
     return Network(backbone, head), teacher.requires_grad_(False)
@@ -302,15 +305,13 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 # ------------------------------------------------------------------------------------------ epochs
 
 
-def train(
-    state: State, run: Run, dataset: PhotographDataset, sampler: StepSampler, watch: Watch
-) -> None:
+def train(state: State, run: Run, dataset: PhotographDataset, sampler: StepSampler) -> None:
     """Train from the state's step to the last one, saving as it goes.
 
     Raises Stopped, with the state saved, after SIGTERM or SIGINT; the second one ends at once.
     """
     o, per_epoch = run.options, run.steps_per_epoch
-    stop = runs.StopSignal(run.processes)
+    stop, watch = runs.StopSignal(run.processes), Watch(run, dataset.manifest)
     sampler.set_range(state.step, run.total_steps)
     batches = training_loader(dataset, sampler, o.workers, run.processes.device)
     main, saved = run.processes.is_main, time.monotonic()
@@ -354,7 +355,8 @@ def save(state: State, run: Run, epoch: int | None = None, name: str = "checkpoi
         return
     vit.save_backbone(state.teacher.backbone, folder.path / "backbone.safetensors", folder.options)
     if run.options.keep_every and epoch % run.options.keep_every == 0:
-        runs.copy_atomic(folder.path / name, folder.path / f"checkpoint-{epoch:04d}.pth")
+        kept = folder.path / f"checkpoint-{epoch:04d}.pth"
+        utils.write_atomic(kept, lambda path: shutil.copyfile(folder.path / name, path))
 
 
 class Watch:
@@ -364,15 +366,11 @@ class Watch:
         self.run, self.manifest = run, manifest
         records = manifest.split("train")
         self.fixed = records[:: max(1, len(records) // 256)][:256]
-        self.knn_splits = [
-            [r for r in manifest.split(name) if r.grade is not None] for name in ("train", "val")
-        ]
+        splits = (manifest.split(name) for name in ("train", "val"))
+        self.graded = [[r for r in split if r.grade is not None] for split in splits]
 
     def __call__(self, state: State, epoch: int, latest: dict[str, Any]) -> dict[str, Any]:
-        """Return embedding std, RankMe and, when due, the k-NN's scores; keep the best teacher.
-
-        Warns of collapse, seen in these and in the latest line of the log.
-        """
+        """Return RankMe and the like, k-NN scores when due; warn of collapse, keep the best."""
         o = self.run.options
         seen = self._features(state, self.fixed)
         record: dict[str, Any] = {"epoch": epoch, "rankme": features.rankme(seen)}
@@ -382,8 +380,8 @@ class Watch:
             log.warning("epoch %d: collapse, %s", epoch, collapse)
             record["collapse"] = collapse
         due = o.knn_every and (epoch % o.knn_every == 0 or epoch == o.epochs)
-        if due and all(self.knn_splits):
-            bank, val = ((self._features(state, split), split) for split in self.knn_splits)
+        if due and all(self.graded):
+            bank, val = ((self._features(state, split), split) for split in self.graded)
             scores = features.knn_scores(*bank, *val)
             record |= scores
             if epoch and scores["knn_qwk"] > state.best_qwk:
@@ -394,9 +392,7 @@ class Watch:
     def _features(self, state: State, records: list[Any]) -> Tensor:
         run, backbone = self.run, state.teacher.backbone
         dataset = PhotographDataset(self.manifest, records, WholeView(backbone.spec.image_size))
-        workers = run.options.workers
-        found = features.extract_features(backbone.eval(), dataset, run.dtype, workers)
-        backbone.train()
+        found = features.extract_features(backbone, dataset, run.dtype, run.options.workers)
         return found["cls"][:, -1]
 
 
@@ -429,7 +425,7 @@ def main(o: Options, config: Path | None) -> None:
         if config and config == DEMO and processes.is_main:
             log.info("demonstration (%s); for EyePACS: python SSRL.py --data FOLDER", config.name)
         with processes.main_first():  # draws synthetic photographs once
-            manifest = open_manifest(o.data or "synthetic")
+            manifest = open_manifest(o.data)
         records = manifest.split("train")
         sampler = StepSampler(len(records), o.batch_size, o.accumulate, processes, o.seed)
         state, run = build_run(o, processes, folder, sampler)
@@ -445,7 +441,7 @@ def main(o: Options, config: Path | None) -> None:
         look = (o.color_strength, o.blur_sigma)
         crops = MultiCrop(*sizes, *scales, o.local_crops_number, *turns, *look)
         dataset = PhotographDataset(manifest, records, crops, o.seed)
-        train(state, run, dataset, sampler, Watch(run, manifest))
+        train(state, run, dataset, sampler)
 
 
 DEMO = utils.HERE / "configs" / "demo.yaml"

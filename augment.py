@@ -226,36 +226,29 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WholeView:
-    """The deterministic view of evaluation: the whole photograph, resized to a square."""
+    """Evaluation's view: the whole photograph, resized to `image`, uint8 (3, size, size)."""
 
     size: int
 
-    def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
-        """Return `image`, uint8 (3, size, size)."""
-        del key  # nothing is drawn
+    def __call__(self, photograph: Tensor, _key: tuple[int, ...]) -> dict[str, Tensor]:
         return {"image": resize(photograph, self.size, self.size).contiguous()}
 
 
 @dataclass(frozen=True)
 class PaperView:
-    """The published evaluation's view: shorter side to 256, middle 224 (cuts the fundus' rim)."""
+    """The published evaluation's view: resized to 256, middle 224, which cuts the fundus' rim."""
 
-    def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
-        """Return `image`, uint8 (3, 224, 224)."""
-        del key
+    def __call__(self, photograph: Tensor, _key: tuple[int, ...]) -> dict[str, Tensor]:
         return {"image": resize(photograph, 256, 256)[:, 16:240, 16:240].contiguous()}
 
 
 @dataclass(frozen=True)
 class ProbeView:
-    """The published linear probe's training view: a random crop of area 0.08-1, flipped or not."""
-
-    size: int = 224
+    """The published linear probe's training view: a crop of area 0.08-1, flipped or not, at 224."""
 
     def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
-        """Return `image`, uint8 (3, size, size), drawn from `key`."""
         rng = np.random.default_rng(key)
-        crop = cut(photograph, draw_window(photograph.shape[-2:], (0.08, 1.0), rng), self.size)
+        crop = cut(photograph, draw_window(photograph.shape[-2:], (0.08, 1.0), rng), 224)
         return {"image": crop.flip(-1) if rng.random() < 0.5 else crop}
 
 

@@ -53,6 +53,8 @@ def open_manifest(data: str) -> Manifest:
 
     Raises InputError when it is nothing that is understood. Draws synthetic photographs once.
     """
+    if not data:
+        raise InputError("--data: name the photographs to use (a folder, or synthetic)")
     name, _, count = data.partition(":")
     if name == "synthetic":
         if count and not (count.isdecimal() and int(count) >= 10):
@@ -180,17 +182,19 @@ class PhotographDataset(Dataset):
     def __init__(
         self, manifest: Manifest, records: list[Record], view: View, seed: int = 0
     ) -> None:
-        self.root, self.prepared = manifest.root, manifest.prepared
-        self.records, self.view, self.seed = records, view, seed
+        self.manifest, self.records = manifest, records
+        self.view, self.seed = view, seed
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        path = self.root / self.records[index].path
+        path = self.manifest.root / self.records[index].path
         try:
-            array = open_photograph(path) if self.prepared else load_photograph(path, RAW_SIZE)
+            array = (
+                open_photograph(path) if self.manifest.prepared else load_photograph(path, RAW_SIZE)
+            )
         except PhotographError as error:
             raise InputError(
                 f"{path}: {error}; mend the file, or run prepare_data.py, which leaves it out"

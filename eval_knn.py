@@ -78,8 +78,8 @@ def main(o: Options, config: Path | None) -> None:
         if o.protocol == "paper":
             protocol = f"{headline}-NN, the paper's view (256, middle 224)"
         data = describe(e.manifest, manifest, records)
-        extra = {"protocol": protocol, "data": data, "by_k": by_k, "bank": bank_records}
-        write_results(e, e.output / name, records, predictions, extra)
+        about = {"protocol": protocol, "data": data, "by_k": by_k}
+        write_results(e, e.output / name, records, predictions, about)
         for row in by_k:
             print(f"k {row['k']:3}: accuracy {row['accuracy']:.4f}, qwk {row['qwk'] or 0:.4f}")
 

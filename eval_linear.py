@@ -244,8 +244,8 @@ def main(o: Options, config: Path | None) -> None:
         shares = (probe_input(found, e.weights.spec.arch, o) @ weight + bias).softmax(1).numpy()
         p = metrics.Predictions(grades_of(tested), shares.argmax(1), shares, patients_of(tested))
         data = describe(e.manifest, manifest, tested)
-        extra = {"protocol": protocol, "data": data, "by_hyperparameter": rows, "bank": records}
-        write_results(e, e.output / name, tested, p, extra)
+        about = {"protocol": protocol, "data": data, "by_hyperparameter": rows}
+        write_results(e, e.output / name, tested, p, about)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def extract_features(
     last; `patch` (N, D): mean patch token of the last; `color` (N, 6): the input's RGB mean and
     standard deviation, 0 to 1, against which features are held. `title` shows a progress bar.
     """
-    device, found = backbone.cls_token.device, []
+    device, found, training = backbone.cls_token.device, [], backbone.training
+    backbone.eval()
     mean, std = (torch.tensor(v, device=device) for v in (backbone.spec.mean, backbone.spec.std))
     batches = evaluation_loader(dataset, 64, workers)
     total = -(-len(dataset) // 64)
@@ -55,6 +56,7 @@ def extract_features(
             cls_tokens, patch = backbone.frozen_features(normalize(images, mean, std), N_BLOCKS)
         color = torch.cat([images.mean(dim=(2, 3)), images.std(dim=(2, 3))], dim=1)
         found.append([v.float().cpu() for v in (cls_tokens, patch, color)])
+    backbone.train(training)
     names = ("cls", "patch", "color")
     return {name: torch.cat(v) for name, v in zip(names, zip(*found, strict=True), strict=True)}
 
@@ -133,10 +135,7 @@ class Evaluation:
     dtype: torch.dtype | None
     output: Path
     manifest: Manifest
-
-    @property
-    def image_size(self) -> int:
-        return self.options.image_size or self.weights.spec.image_size
+    image_size: int
 
 
 def open_weights(options: Any, kind: str) -> tuple[Weights, Path]:
@@ -165,13 +164,13 @@ def open_evaluation(options: Any, kind: str) -> Evaluation:
     manifest = open_manifest(data)
     there = output / "results.json"
     if there.is_file() and not options.overwrite:
-        old = json.loads(there.read_text(encoding="utf-8"))
-        identity = old["backbone"]["sha256"], old["data"]["fingerprint"]
-        if identity != (weights.sha256, manifest.fingerprint):
+        old, ours = json.loads(there.read_text("utf-8")), (weights.sha256, manifest.fingerprint)
+        if (old["backbone"]["sha256"], old["data"]["fingerprint"]) != ours:
             raise InputError(f"{there}: is of other weights or data; --overwrite replaces it")
     device = pick_device(options.device)
     dtype = autocast_dtype(options.precision, device)
-    return Evaluation(options, weights, load_backbone(weights).to(device), dtype, output, manifest)
+    size, backbone = options.image_size or weights.spec.image_size, load_backbone(weights)
+    return Evaluation(options, weights, backbone.to(device), dtype, output, manifest, size)
 
 
 def cached_features(
@@ -194,27 +193,25 @@ def cached_features(
 
 
 def write_results(
-    e: Evaluation,
-    output: Path,
-    records: list[Record],
-    p: metrics.Predictions,
-    extra: dict[str, Any],
+    e: Evaluation, output: Path, tested: list[Record], p: metrics.Predictions, about: dict[str, Any]
 ) -> None:
-    """Write results.json, predictions.csv and confusion.png of test `records`; print the metrics.
+    """Write results.json, predictions.csv and confusion.png of a test; print the metrics.
 
-    `extra` goes into results.json first: `protocol`, `data` (data.describe), `by_k` and the like.
+    `about` leads results.json: `protocol`, `data` (data.describe), `by_k` and the like. The
+    majority line is that of the manifest's training grades.
     """
-    w, summary = e.weights, metrics.summarize(p, grades_of(extra.pop("bank")))
-    spec = {"arch": w.spec.arch, "patch_size": w.spec.patch_size}
-    backbone = {"path": w.path, "sha256": w.sha256} | spec
-    ending = {"versions": versions(), "command": sys.argv}
-    write_json(output / "results.json", {**extra, "backbone": backbone, **summary, **ending})
+    w, train = e.weights, [r for r in e.manifest.split("train") if r.grade is not None]
+    backbone = {"path": w.path, "sha256": w.sha256, "arch": w.spec.arch}
+    backbone["patch_size"] = w.spec.patch_size
+    summary, found = metrics.summarize(p, grades_of(train)), {"versions": versions()}
+    results = about | {"backbone": backbone} | summary | found | {"command": sys.argv}
+    write_json(output / "results.json", results)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", "patient", "eye", "grade", "prediction", "p0", "p1", "p2", "p3", "p4"])
-    for r, grade, shares in zip(records, p.predicted, p.probabilities, strict=True):
+    for r, grade, shares in zip(tested, p.predicted, p.probabilities, strict=True):
         rows.writerow([r.path, r.patient, r.eye, r.grade, grade, *(f"{v:.6g}" for v in shares)])
     write_atomic(output / "predictions.csv", lambda path: path.write_text(text.getvalue(), "utf-8"))
-    metrics.plot_confusion(summary["confusion"], output / "confusion.png", extra["protocol"])
-    print(f"\n{extra['protocol']}, {len(records)} test photographs, {output}")
+    metrics.plot_confusion(summary["confusion"], output / "confusion.png")
+    print(f"\n{about['protocol']}, {len(tested)} test photographs, {output}")
     print("\n".join(metrics.result_lines(summary)))

@@ -184,14 +184,14 @@ def result_lines(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def plot_confusion(confusion: list[list[int]], path: Path, title: str) -> None:
+def plot_confusion(confusion: list[list[int]], path: Path) -> None:
     """Draw a confusion matrix as PNG: counts, shaded by the share of their row."""
     from matplotlib.figure import Figure
 
     table = np.array(confusion)
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(4.2, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="predicted grade", ylabel="grade", title=title)
+    axes = figure.add_subplot(xlabel="predicted grade", ylabel="grade")
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(table.shape):
         color = "white" if share[row, column] > 0.6 else "black"

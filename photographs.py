@@ -208,9 +208,8 @@ def _disc(mask: np.ndarray) -> Box:
     inner = np.asarray(Image.fromarray(mask).convert("L").filter(window)) == 255
     mask = _largest_region(np.asarray(Image.fromarray(inner).convert("L").filter(window)) > 0)
     (top, bottom), (left, right) = _extent(mask.sum(axis=1)), _extent(mask.sum(axis=0))
-    y, x = np.ogrid[top:bottom, left:right]
-    x, y = x + 0.5 - (left + right) / 2, y + 0.5 - (top + bottom) / 2
-    disc = x**2 + y**2 <= max(right - left, bottom - top) ** 2 / 4
+    y, x = (np.arange(n) - (n - 1) / 2 for n in (bottom - top, right - left))
+    disc = x**2 + y[:, None] ** 2 <= max(len(x), len(y)) ** 2 / 4
     mask = (_hull(mask) & _hull(mask.T).T)[top:bottom, left:right]  # shadows inside do not count
     is_disc = disc.any() and mask[disc].mean() > 0.95
     return Box(left, top, right, bottom) if is_disc else Box(0, 0, 0, 0)

@@ -166,11 +166,6 @@ def load_torch(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({reason}); take another copy") from None
 
 
-def copy_atomic(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all."""
-    write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
-
-
 def versions() -> dict[str, str]:
     """Return what a result depends on: Python, libraries, machine and this checkout's commit."""
     names = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
@@ -240,7 +235,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             text = dump_options(options)
             write_atomic(self.path / "config.yaml", lambda temporary: temporary.write_text(text))
-            self.log({"command": sys.argv, "data": data, "versions": versions()})
+            self.log(
+                {"command": sys.argv, "data": data, "versions": versions(), "options": self.options}
+            )
         return None
 
     def _compare(self, saved: dict[str, Any], resumable: tuple[str, ...], resume: str) -> None:
@@ -339,7 +336,7 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, _frame: Any) -> None:
         self.seen = True
         signal.signal(number, signal.SIG_DFL)
 

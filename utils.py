@@ -89,13 +89,16 @@ def parse(
     )
     path = Path(config) if config else None if has_data else default_config
     flags = _yaml_flags(options_class, path) if path else []
+    about = (
+        f"{options_class.__doc__}\n--config FILE takes options from a YAML file; flags override it."
+    )
     if path:  # alone first, so that a fault of the file is told apart from one of the command line
         try:
             tyro.cli(options_class, args=flags)
         except SystemExit:
             print(f"The option above comes from {path}.", file=sys.stderr)
             raise
-    options = tyro.cli(options_class, args=flags + arguments)
+    options = tyro.cli(options_class, args=flags + arguments, description=about)
     for field in dataclasses.fields(options):
         if getattr(options, field.name) == () != field.default:
             flag = "--" + field.name.replace("_", "-")

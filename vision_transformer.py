@@ -118,7 +118,9 @@ class ProjectionHead(nn.Module):
     """DINO's head: 3-layer MLP, l2-normalised bottleneck, weight-normalised prototypes.
 
     Maps (B, D) to logits (B, K), each the cosine to a prototype where `norm_last_layer` fixes their
-    lengths at 1. `use_bn` puts batch norm after the two hidden layers. arXiv 2104.14294, section 3.
+    lengths at 1. `use_bn` puts batch norm after the two hidden layers, as DINO's option does;
+    `center_bottleneck` before the l2-normalisation too (no affine), so that what all images share
+    does not fill the unit vector. arXiv 2104.14294, section 3.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class ProjectionHead(nn.Module):
         bottleneck_dim: int = 256,
         *,
         use_bn: bool = False,
+        center_bottleneck: bool = False,
         norm_last_layer: bool = True,
     ) -> None:
         super().__init__()
@@ -137,7 +140,9 @@ class ProjectionHead(nn.Module):
             layers.append(nn.Linear(width, hidden_dim))
             layers += [nn.BatchNorm1d(hidden_dim)] if use_bn else []
             layers.append(nn.GELU())
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        layers.append(nn.Linear(hidden_dim, bottleneck_dim))
+        layers += [nn.BatchNorm1d(bottleneck_dim, affine=False)] if center_bottleneck else []
+        self.mlp = nn.Sequential(*layers)
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -221,17 +226,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _read_torch(path: Path, checkpoint_key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a .pth: ours, DINO's with student and teacher, or a plain state dict."""
     content = load_torch(path)
-    nested = content
-    for name in (checkpoint_key, "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            nested = content[name]
-            break
-    if not isinstance(nested, dict) or not all(isinstance(v, Tensor) for v in nested.values()):
-        found = (
-            ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        )
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
+    names = (n for n in (checkpoint_key, "state_dict", "model") if isinstance(content.get(n), dict))
+    nested = content.get(next(names, None), content)
+    if not all(isinstance(value, Tensor) for value in nested.values()):
         raise InputError(
-            f"{path}: holds no weights under {checkpoint_key!r} (--checkpoint-key), found: {found}"
+            f"{path}: no weights under {checkpoint_key!r} (--checkpoint-key); found {list(content)}"
         )
     meta = {k: content[k] for k in ("spec", "options") if isinstance(content.get(k), dict)}
     return _clean(nested), meta if "spec" in meta else {}
@@ -310,13 +311,9 @@ def load_weights(backbone: Backbone, weights: Weights) -> None:
         ],
     }
     if any(problems.values()):
-        lines = [
-            f"\n  {k}: {', '.join(v[:8])}{' ...' * (len(v) > 8)}" for k, v in problems.items() if v
-        ]
-        raise InputError(
-            f"{weights.path}: does not fit {backbone.spec.arch}, patch {backbone.spec.patch_size}"
-            + "".join(lines)
-        )
+        listed = "".join(f"\n  {k}: {', '.join(v[:8])}" for k, v in problems.items() if v)
+        name = f"{backbone.spec.arch}, patch {backbone.spec.patch_size}"
+        raise InputError(f"{weights.path}: does not fit {name}{listed}")
     backbone.load_state_dict(state)
 
 

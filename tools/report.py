@@ -2,8 +2,8 @@
 
     python -m tools.report --table RUN [RUN ...]
 
-Reads RUN/*/results.json and nothing else of the project: a folder copied from elsewhere will do. A row
-for each evaluation, below the majority line of its test set; brackets hold 95 % intervals.
+Reads RUN/*/results.json and nothing else of the project: a folder copied from elsewhere will do.
+A row for each evaluation, below the majority line of its test set; brackets hold 95 % intervals.
 """
 
 from __future__ import annotations
