@@ -1,0 +1,304 @@
+"""prepare_data.py end to end on a small drawn data set with bad photographs in it.
+
+Run: pytest tests/test_prepare_data.py
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import prepare_data
+from layouts import open_data, read_manifest
+from photographs import load_photograph
+from prepare_data import PrepareOptions, Task, main, picture_paths, prepare_photographs
+from utils import InputError, Stopped
+
+SIZE = 64
+
+
+def draw(path, seed, width=160, height=108):
+    """A shaded disc on black, another one for every seed."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    radius, left = rng.uniform(0.36, 0.44) * height, rng.uniform(0.4, 0.6) * width
+    distance = np.hypot(x - left, y - height / 2) / radius
+    light = np.where(distance < 1, rng.uniform(120, 250) * (1 - 0.4 * distance**2), 0)
+    image = light[..., None] * [1, rng.uniform(0.3, 0.7), 0.3]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.astype(np.uint8)).save(path, quality=95)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """EyePACS as downloaded, 120 photographs of 60 patients, all good."""
+    root = tmp_path_factory.mktemp("drawn")
+    rows = ["image,level"]
+    for patient in range(60):
+        for eye in ("left", "right"):
+            draw(root / f"train/{patient}_{eye}.jpeg", len(rows))
+            rows.append(f"{patient}_{eye},{patient % 5}")
+    (root / "trainLabels.csv").write_text("\n".join(rows))
+    return root
+
+
+@pytest.fixture
+def source(drawn, tmp_path):
+    return Path(shutil.copytree(drawn, tmp_path / "source"))
+
+
+def prepare(source, out, **options):
+    main(PrepareOptions(str(source), str(out), **({"size": SIZE, "workers": 1} | options)))
+    return read_manifest(out)
+
+
+def tree(root):
+    return {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+
+
+def test_prepared_pictures_are_load_photographs_up_to_jpeg(source, tmp_path):
+    out = tmp_path / "out"
+    manifest = prepare(source, out)
+    raw = open_data(source)
+    assert manifest.prepared and len(manifest.records) == 120
+    for record, origin in zip(manifest.records, raw.records, strict=True):
+        assert record.path == f"images/{Path(origin.path).stem}.jpg"
+        assert (record.source, record.width, record.height) == (origin.path, 160, 108)
+        same = ("grade", "patient", "eye", "split")
+        assert [getattr(record, n) for n in same] == [getattr(origin, n) for n in same]
+        data = (out / record.path).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == record.sha256
+    for record in manifest.records[::20]:
+        with Image.open(out / record.path) as picture:
+            assert (picture.size, picture.mode, picture.format) == ((SIZE, SIZE), "RGB", "JPEG")
+            assert picture.layer[0][1:3] == picture.layer[1][1:3] == (1, 1)  # 4:4:4
+            got = np.array(picture).astype(float)
+        expected = load_photograph(source / record.source, SIZE)
+        assert np.abs(got - expected).mean() < 1.5
+    assert tree(out) - {r.path for r in manifest.records} == {
+        "manifest.csv",
+        "data_report.json",
+        "prepare.jsonl",
+    }
+
+
+def test_report_counts_what_there_is(source, tmp_path):
+    shutil.copy(source / "train/4_left.jpeg", source / "train/59_right.jpeg")
+    Image.new("RGB", (160, 108), (90, 40, 20)).save(source / "train/7_left.jpeg")
+    manifest = prepare(source, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    for split in ("train", "val", "test"):
+        records = manifest.split(split)
+        line = report["splits"][split]
+        assert line["images"] == len(records)
+        assert line["patients"] == len({record.patient for record in records})
+        assert line["by_grade"] == [sum(r.grade == g for r in records) for g in range(5)]
+    train, test = (report["splits"][split]["by_grade"] for split in ("train", "test"))
+    assert report["splits"]["test"]["majority"] == round(test[np.argmax(train)] / sum(test), 4)
+    assert report["doubtful_crops"] == ["images/7_left.jpg"]
+    assert report["duplicates"] == ["images/4_left.jpg = images/59_right.jpg"]
+    assert report["left_out"] == [] and report["layout"] == "eyepacs"
+
+
+def test_one_bad_photograph_costs_only_itself(drawn, tmp_path):
+    # 120 good ones are too few for "below 1 %", so these have more company.
+    source = tmp_path / "source"
+    for copy in range(2):
+        shutil.copytree(drawn / "train", source / f"copy{copy}")
+    (source / "copy0/5_left.jpeg").write_bytes(b"<html>403</html>")
+    manifest = prepare(source, tmp_path / "out")
+    assert len(manifest.records) == 239
+    assert "copy0/5_left.jpeg" not in {record.source for record in manifest.records}
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report["left_out"] == ["copy0/5_left.jpeg is a web page, not a photograph"]
+
+
+def test_many_bad_photographs_are_an_error_after_all_good_ones(source, tmp_path):
+    data = (source / "train/1_left.jpeg").read_bytes()
+    (source / "train/1_left.jpeg").write_bytes(data[: len(data) // 2])
+    (source / "train/2_left.jpeg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"2 of 120 photographs cannot be used"):
+        prepare(source, tmp_path / "out")
+    assert len(read_manifest(tmp_path / "out").records) == 118
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert [line.split()[0] for line in report["left_out"]] == [
+        "train/1_left.jpeg",
+        "train/2_left.jpeg",
+    ]
+    # One of 120 is below 1 %.
+    assert len(prepare(source, tmp_path / "out", allow_truncated=True).records) == 119
+    (source / "train/1_left.jpeg").write_bytes(data)  # mended
+    shutil.copy(source / "train/3_left.jpeg", source / "train/2_left.jpeg")
+    assert len(prepare(source, tmp_path / "out").records) == 120
+
+
+def test_a_second_run_keeps_what_is_finished(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    prepare(source, out)
+    before = {path: (out / path).stat().st_mtime_ns for path in tree(out)}
+    redone = []
+    once = prepare_data.prepare_photograph
+    monkeypatch.setattr(
+        prepare_data, "prepare_photograph", lambda task: redone.append(task.path) or once(task)
+    )
+    prepare(source, out)
+    assert redone == []
+    (out / "images/1_left.jpg").unlink()
+    (out / "images/2_left.jpg").write_bytes(b"half a pict")
+    draw(source / "train/3_left.jpeg", 999)  # another photograph under the same name
+    manifest = prepare(source, out)
+    assert sorted(redone) == [f"train/{n}_left.jpeg" for n in (1, 2, 3)]
+    for record in manifest.records:
+        data = (out / record.path).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == record.sha256
+    assert (out / "images/9_left.jpg").stat().st_mtime_ns == before["images/9_left.jpg"]
+
+
+def test_stopping_leaves_a_state_from_which_the_next_run_goes_on(source, tmp_path, monkeypatch):
+    out, started = tmp_path / "out", []
+    once = prepare_data.prepare_photograph
+
+    def stop_at_40(task):
+        started.append(task.path)
+        if len(started) == 40:
+            raise KeyboardInterrupt
+        return once(task)
+
+    monkeypatch.setattr(prepare_data, "prepare_photograph", stop_at_40)
+    with pytest.raises(Stopped, match="same command"):
+        prepare(source, out)
+    assert not (out / "manifest.csv").exists()
+    assert len(list((out / "images").iterdir())) == 39
+    with (out / "prepare.jsonl").open("a") as journal:
+        journal.write('{"path": "train/4')  # as a lost machine leaves it
+    prepare(source, out)
+    assert len(started) == 40 + 81
+    monkeypatch.undo()
+    whole = prepare(source, tmp_path / "other")
+    assert read_manifest(out).records == whole.records
+
+
+def test_another_size_or_a_foreign_folder_is_refused(source, tmp_path):
+    prepare(source, tmp_path / "out")
+    with pytest.raises(InputError, match=f"--size {SIZE}; give a new folder"):
+        prepare(source, tmp_path / "out", size=32)
+    (tmp_path / "foreign" / "images").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds other data"):
+        prepare(source, tmp_path / "foreign")
+    for inside in (source, source / "train" / "out"):
+        with pytest.raises(InputError, match="lies in --source"):
+            prepare(source, inside)
+    with pytest.raises(InputError, match="--size 8"):
+        PrepareOptions("a", "b", size=8)
+    with pytest.raises(InputError, match="--workers -1"):
+        PrepareOptions("a", "b", workers=-1)
+
+
+def test_an_output_that_cannot_be_written_is_an_input_error(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare(source, tmp_path / "file" / "out")
+
+
+def test_a_manifest_written_by_hand_is_prepared_with_its_splits(drawn, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(drawn / "train", source / "raw")
+    rows = ["path,grade,patient,eye,split"]
+    for number, split in enumerate(["train"] * 3 + ["val", "test"]):
+        rows.append(f"raw/{number}_left.jpeg,{number},clinic-{number},,{split}")
+    (source / "manifest.csv").write_text("\n".join(rows))
+    records = prepare(source, tmp_path / "out").records
+    assert [(r.patient, r.split, r.grade) for r in records] == [
+        (f"clinic-{n}", split, n) for n, split in enumerate(["train"] * 3 + ["val", "test"])
+    ]
+
+
+def test_pictures_never_share_a_file():
+    class Row:
+        def __init__(self, path):
+            self.path = path
+
+    paths = [
+        "train/0/1.png",
+        "test/0/1.png",
+        "train/1/1.PNG",
+        "a/x.jpg",
+        "a/X.png",
+        "a/x.tif",
+        "y.jpg",
+    ]
+    pictures = picture_paths(tuple(map(Row, paths)))
+    assert pictures["y.jpg"] == "images/y.jpg"
+    assert pictures["train/0/1.png"] == "images/train/0/1.jpg"
+    assert pictures["test/0/1.png"] == "images/test/0/1.jpg"
+    assert len({picture.casefold() for picture in pictures.values()}) == len(paths)
+
+
+def tasks_of(source, out, count=6):
+    paths = sorted((source / "train").iterdir())[:count]
+    return [Task(p.name, p, out / f"{p.stem}.jpg", SIZE, False) for p in paths]
+
+
+def test_processes_side_by_side_give_the_same_pictures(drawn, tmp_path):
+    one = {f["path"]: f for f in prepare_photographs(tasks_of(drawn, tmp_path / "1"), 1)}
+    two = {f["path"]: f for f in prepare_photographs(tasks_of(drawn, tmp_path / "2"), 2)}
+    assert one == two and len(one) == 6
+    assert all(len(facts["sha256"]) == 64 for facts in one.values())
+
+
+def kill_worker(task):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_killed_worker_is_told_and_not_waited_for(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "prepare_photograph", kill_worker)
+    with pytest.raises(InputError, match="fewer --workers"):
+        list(prepare_photographs(tasks_of(drawn, tmp_path), 2))
+
+
+def lines(file):
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+def test_the_command_stops_on_a_signal_and_goes_on(drawn, tmp_path):
+    source = tmp_path / "source"
+    for copy in range(4):
+        shutil.copytree(drawn / "train", source / f"copy{copy}")
+    out = tmp_path / "out"
+    script = Path(prepare_data.__file__)
+    command = [sys.executable, str(script), "--source", str(source), "--out", str(out)]
+    command += ["--size", "256", "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    process = subprocess.Popen(command, **pipes)
+    limit = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < limit:
+        if lines(out / "prepare.jsonl") > 20:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "the same command goes on" in errors and "Traceback" not in errors
+    done = lines(out / "prepare.jsonl") - 1
+    assert 0 < done < 480
+    again = subprocess.run(command, **pipes, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert f"{done} of them finished" in again.stdout and "480 pictures" in again.stdout
+    assert len(read_manifest(out).records) == 480
+
+
+def test_preparing_imports_no_torch():
+    code = "import prepare_data, sys; assert not {'torch', 'timm', 'torchvision'} & {*sys.modules}"
+    folder = Path(prepare_data.__file__).parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
