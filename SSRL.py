@@ -26,24 +26,26 @@ import torch
 import tyro
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
+import data
 import features
 import losses
+import metrics
 import runs
 import utils
 import vision_transformer as vit
 from augment import MultiCrop, WholeView, apply_color, contact_sheet
-from data import DataOptions, PhotographDataset, StepSampler, open_manifest, training_loader
+from data import PhotographDataset as Dataset
 from layouts import Manifest
 from utils import Diverged, RunOptions, Stopped, log
 
+HINT = "lower --lr or --clip-grad, or use --precision fp32"
 # what may differ when a run is resumed; --epochs may also grow
 RESUMABLE = ("workers", "device", "log_every", "save_minutes", "keep_every", "knn_every")
 
 
 @dataclass
-class Options(DataOptions, RunOptions):
+class Options(data.DataOptions, RunOptions):
     """Self-supervised training; the defaults are configs/eyepacs_vits16.yaml."""
 
     arch: vit.Arch = "vit_small"  # Backbone.
@@ -57,7 +59,6 @@ class Options(DataOptions, RunOptions):
     """Photographs of a micro-batch, for each process."""
     accumulate: int = 1  # Micro-batches whose gradients make one step.
     resume: Literal["auto", "never"] = "auto"  # Continue an unfinished run, or refuse to.
-    image_size: int = 0  # Side at which whole photographs are evaluated; 0: the global crops'.
     global_crop_size: int = 224  # Side of the 2 global crops in pixels.
     local_crop_size: int = 96  # Side of the local crops in pixels.
     global_crops_scale: tuple[float, float] = (0.4, 1.0)  # Least and largest share of the area.
@@ -72,7 +73,6 @@ class Options(DataOptions, RunOptions):
     out_dim: int = 65536  # Prototypes.
     head_hidden_dim: int = 2048  # Width of the projection head's hidden layers.
     use_bn_in_head: bool = False  # Batch norm after the projection head's hidden layers.
-    center_bottleneck: bool = False  # Batch norm before its l2-normalisation, too.
     norm_last_layer: bool = True  # Keep the prototypes at length 1.
     centering: Literal["mean", "sinkhorn"] = "mean"  # What balances the teacher's targets.
     student_temp: float = 0.1  # Softmax temperature of the student.
@@ -100,16 +100,17 @@ class Options(DataOptions, RunOptions):
         patch, last = self.patch_size, self.epochs
         crops, scales = "global_crop_size local_crop_size", "global_crops_scale local_crops_scale"
         spans = "warmup_epochs warmup_teacher_temp_epochs freeze_last_layer"
-        temps = "student_temp teacher_temp warmup_teacher_temp"
         for names, fits, expected in (
-            ("epochs batch_size accumulate out_dim log_every", lambda v: v >= 1, "1 or more"),
+            ("patch_size epochs batch_size accumulate out_dim", lambda v: v >= 1, "1 or more"),
+            ("log_every", lambda v: v >= 1, "1 or more"),
             ("local_crops_number knn_every keep_every clip_grad", lambda v: v >= 0, "0 or more"),
-            ("image_size", lambda v: v >= 0 == v % patch, f"a multiple of --patch-size {patch}"),
             (crops, lambda v: v > 0 == v % patch, f"a multiple of --patch-size {patch}"),
             (spans, lambda v: 0 <= v <= last, f"0 to --epochs {last}"),
             (scales, lambda v: 0 < v[0] <= v[1] <= 1, "0 < least <= largest <= 1"),
-            (temps, lambda v: v > 0, "above 0"),
+            ("student_temp teacher_temp warmup_teacher_temp", lambda v: v > 0, "above 0"),
             ("blur_sigma", lambda v: 0 < v[0] <= v[1] <= 2, "0 < least <= largest <= 2"),
+            ("rotation", lambda v: 0 <= v <= 180, "0 to 180 degrees"),
+            ("std", lambda v: min(v) > 0, "numbers above 0"),
             ("momentum_teacher drop_path", lambda v: 0 <= v <= 1, "0 to 1"),
         ):
             utils.check_options(self, names, fits, expected)
@@ -158,14 +159,14 @@ class State:
 def build_networks(o: Options) -> tuple[Network, Network]:
     """Return student and teacher with equal weights, from `--init` or from scratch, on the CPU."""
     torch.manual_seed(o.seed)
-    spec = vit.BackboneSpec(o.arch, o.patch_size, o.image_size or o.global_crop_size, o.mean, o.std)
+    spec = vit.BackboneSpec(o.arch, o.patch_size, o.global_crop_size, o.mean, o.std)
     backbone = vit.Backbone(spec, o.drop_path)
     if o.init != "none":
         vit.load_weights(backbone, vit.read_weights(o.init, o.checkpoint_key))
     log.info("backbone: %s, init %s; projection head: from scratch", o.arch, o.init)
     widths = (backbone.embed_dim, o.out_dim, o.head_hidden_dim)
-    norms = {"use_bn": o.use_bn_in_head, "center_bottleneck": o.center_bottleneck}
-    head = vit.ProjectionHead(*widths, **norms, norm_last_layer=o.norm_last_layer)
+    use_bn, fixed = o.use_bn_in_head, o.norm_last_layer
+    head = vit.ProjectionHead(*widths, use_bn=use_bn, norm_last_layer=fixed)
     teacher = Network(vit.Backbone(spec), copy.deepcopy(head))
     teacher.backbone.load_state_dict(backbone.state_dict())
     return Network(backbone, head), teacher.requires_grad_(False)
@@ -256,8 +257,7 @@ def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> 
         total += loss.detach()
     total = losses.all_reduce(total) / run.processes.world
     if not torch.isfinite(total):
-        hint = "lower --lr or --clip-grad, or use --precision fp32"
-        raise Diverged(f"loss {float(total)} at step {state.step}, none of it kept: {hint}")
+        raise Diverged(f"loss {float(total)} at step {state.step}, none of it kept: {HINT}")
     if apply_gradients(state, run):
         update_teacher(state.teacher, state.student, now["momentum"])
         if o.centering == "mean":
@@ -268,11 +268,12 @@ def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> 
 
 
 def apply_gradients(state: State, run: Run) -> bool:
-    """Clip and step; False, with nothing changed, when fp16 overflowed."""
+    """Clip and step; False, with nothing changed, when fp16 overflowed. May raise Diverged."""
     o, last_layer = run.options, state.student.head.last_layer
     state.scaler.unscale_(state.optimizer)
-    if o.clip_grad:
-        clip_gradients(list(state.student.parameters()), o.clip_grad)
+    norm = clip_gradients(list(state.student.parameters()), o.clip_grad)
+    if not (torch.isfinite(norm) or state.scaler.is_enabled()):
+        raise Diverged(f"gradient norm {float(norm)} at step {state.step}, none of it kept: {HINT}")
     if state.step < o.freeze_last_layer * run.steps_per_epoch:
         for parameter in last_layer.parameters():
             parameter.grad = None
@@ -286,14 +287,16 @@ def apply_gradients(state: State, run: Run) -> bool:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> None:
-    """Scale down, in place, each parameter's gradient to a norm of at most `limit`.
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale down, in place, each parameter's gradient to a norm of at most `limit` (0: any).
 
-    Each on its own, as DINO does, not all together.
+    Each on its own, as DINO does, not all together. Returns the largest norm before, a scalar.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    scales = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
-    torch._foreach_mul_(grads, scales)
+    norms = torch._foreach_norm(grads)
+    if limit:
+        torch._foreach_mul_(grads, [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+    return torch.stack(norms).amax()
 
 
 @torch.no_grad()
@@ -305,7 +308,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 # ------------------------------------------------------------------------------------------ epochs
 
 
-def train(state: State, run: Run, dataset: PhotographDataset, sampler: StepSampler) -> None:
+def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -> None:
     """Train from the state's step to the last one, saving as it goes.
 
     Raises Stopped, with the state saved, after SIGTERM or SIGINT; the second one ends at once.
@@ -313,11 +316,12 @@ def train(state: State, run: Run, dataset: PhotographDataset, sampler: StepSampl
     o, per_epoch = run.options, run.steps_per_epoch
     stop, watch = runs.StopSignal(run.processes), Watch(run, dataset.manifest)
     sampler.set_range(state.step, run.total_steps)
-    batches = training_loader(dataset, sampler, o.workers, run.processes.device)
+    batches = data.training_loader(dataset, sampler, o.workers, run.processes.device)
     main, saved = run.processes.is_main, time.monotonic()
     progress = runs.Progress(run.folder, state.step, run.total_steps, run.global_batch, main)
     if state.step == 0 and main:
-        draw_crops(run, dataset, sampler)
+        picture = Image.fromarray(contact_sheet([dataset[k] for k in next(iter(sampler))[:8]]))
+        utils.write_atomic(run.folder.path / "crops.png", lambda path: picture.save(path, "PNG"))
         progress.record(watch(state, 0, {}))
         save(state, run, 0)
     while state.step < run.total_steps:
@@ -335,15 +339,6 @@ def train(state: State, run: Run, dataset: PhotographDataset, sampler: StepSampl
         if stopped:
             raise Stopped(f"at step {state.step}, saved; the same command goes on from there")
     progress.close()
-
-
-def draw_crops(run: Run, dataset: PhotographDataset, sampler: StepSampler) -> None:
-    """Draw the first batch's crops, as the networks see them, a photograph a row."""
-    batch = default_collate([dataset[key] for key in next(iter(sampler))[:8]])
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (run.options.mean, run.options.std))
-    views = [c for crops in run.views(batch) for c in crops.cpu().split(len(batch["index"]))]
-    sheet = Image.fromarray(contact_sheet([v * std + mean for v in views]).permute(1, 2, 0).numpy())
-    utils.write_atomic(run.folder.path / "crops.png", lambda path: sheet.save(path, "PNG"))
 
 
 def save(state: State, run: Run, epoch: int | None = None, name: str = "checkpoint.pth") -> None:
@@ -381,17 +376,22 @@ class Watch:
             record["collapse"] = collapse
         due = o.knn_every and (epoch % o.knn_every == 0 or epoch == o.epochs)
         if due and all(self.graded):
-            bank, val = ((self._features(state, split), split) for split in self.graded)
-            scores = features.knn_scores(*bank, *val)
-            record |= scores
-            if epoch and scores["knn_qwk"] > state.best_qwk:
-                state.best_qwk = scores["knn_qwk"]
+            record |= self._knn(state)
+            if epoch and record["knn_qwk"] > state.best_qwk:
+                state.best_qwk = record["knn_qwk"]
                 save(state, self.run, name="checkpoint-best.pth")
         return record
 
+    def _knn(self, state: State) -> dict[str, float]:
+        """Return the scores on val of the 15-NN (fewer neighbours if train has fewer)."""
+        bank, val = (self._features(state, split) for split in self.graded)
+        known, truth = (data.grades_of(split) for split in self.graded)
+        votes = features.knn_predict(bank, torch.from_numpy(known), val, [min(15, len(bank))])
+        return {f"knn_{k}": v for k, v in metrics.brief(*votes.values(), truth, known).items()}
+
     def _features(self, state: State, records: list[Any]) -> Tensor:
         run, backbone = self.run, state.teacher.backbone
-        dataset = PhotographDataset(self.manifest, records, WholeView(backbone.spec.image_size))
+        dataset = Dataset(self.manifest, records, WholeView(backbone.spec.image_size))
         found = features.extract_features(backbone, dataset, run.dtype, run.options.workers)
         return found["cls"][:, -1]
 
@@ -400,7 +400,7 @@ class Watch:
 
 
 def build_run(
-    o: Options, processes: runs.Processes, folder: runs.RunFolder, sampler: StepSampler
+    o: Options, processes: runs.Processes, folder: runs.RunFolder, sampler: data.StepSampler
 ) -> tuple[State, Run]:
     """Return the untrained state and the run's constants."""
     student, teacher = wrapped, _ = [net.to(processes.device) for net in build_networks(o)]
@@ -425,9 +425,9 @@ def main(o: Options, config: Path | None) -> None:
         if config and config == DEMO and processes.is_main:
             log.info("demonstration (%s); for EyePACS: python SSRL.py --data FOLDER", config.name)
         with processes.main_first():  # draws synthetic photographs once
-            manifest = open_manifest(o.data)
+            manifest = data.open_manifest(o.data)
         records = manifest.split("train")
-        sampler = StepSampler(len(records), o.batch_size, o.accumulate, processes, o.seed)
+        sampler = data.StepSampler(len(records), o.batch_size, o.accumulate, processes, o.seed)
         state, run = build_run(o, processes, folder, sampler)
         checkpoint = folder.open(o, manifest.fingerprint, RESUMABLE, processes)
         if checkpoint:
@@ -436,11 +436,8 @@ def main(o: Options, config: Path | None) -> None:
         if state.step == run.total_steps:
             log.info("%s is finished (%d epochs); --overwrite starts anew", folder.path, o.epochs)
             return
-        sizes, turns = (o.global_crop_size, o.local_crop_size), (o.flip_vertical, o.rotation)
-        scales = (o.global_crops_scale, o.local_crops_scale)
-        look = (o.color_strength, o.blur_sigma)
-        crops = MultiCrop(*sizes, *scales, o.local_crops_number, *turns, *look)
-        dataset = PhotographDataset(manifest, records, crops, o.seed)
+        crops = MultiCrop(**{name: getattr(o, name) for name in MultiCrop.__dataclass_fields__})
+        dataset = Dataset(manifest, records, crops, o.seed)
         train(state, run, dataset, sampler)
 
 

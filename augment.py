@@ -34,17 +34,17 @@ class ViewRecipe:
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Draws 2 global and V local views of a photograph.
+    """Draws 2 global and V local views of a photograph; the fields are SSRL.py's options.
 
     `flip_vertical` and `rotation` (degrees, either way) suit fundus photographs, which have no
     canonical orientation up to the side of the optic disc.
     """
 
-    global_size: int = 224
-    local_size: int = 96
-    global_scale: tuple[float, float] = (0.4, 1.0)
-    local_scale: tuple[float, float] = (0.05, 0.4)
-    local_number: int = 6
+    global_crop_size: int = 224
+    local_crop_size: int = 96
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    local_crops_number: int = 6
     flip_vertical: bool = False
     rotation: float = 0.0
     color_strength: float = 1.0  # multiplies the jitter of brightness, contrast, saturation, hue
@@ -53,11 +53,11 @@ class MultiCrop:
     @property
     def recipes(self) -> list[ViewRecipe]:
         """One recipe a view, global ones first."""
-        size, scale = self.global_size, self.global_scale
-        local = ViewRecipe(self.local_size, self.local_scale, blur=0.5, solarize=0.0)
+        size, scale = self.global_crop_size, self.global_crops_scale
+        local = ViewRecipe(self.local_crop_size, self.local_crops_scale, blur=0.5, solarize=0.0)
         first = ViewRecipe(size, scale, blur=1.0, solarize=0.0)
         second = ViewRecipe(size, scale, blur=0.1, solarize=0.2)
-        return [first, second] + [local] * self.local_number
+        return [first, second] + [local] * self.local_crops_number
 
     def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
         """Return the views of a uint8 photograph (3, h, w) for a key of non-negative integers.
@@ -75,10 +75,10 @@ class MultiCrop:
             sigma = rng.uniform(*self.blur_sigma) if rng.random() < recipe.blur else 0.0
             threshold = 0.5 if rng.random() < recipe.solarize else 2.0  # 2: no pixel reaches it
             colors.append(np.array([*row, sigma, threshold], dtype=np.float32))
-        empty = torch.empty(0, 3, self.local_size, self.local_size, dtype=torch.uint8)
+        empty = torch.empty(0, 3, self.local_crop_size, self.local_crop_size, dtype=torch.uint8)
         return {
             "global": torch.stack(crops[:2]),
-            "local": torch.stack(crops[2:]) if self.local_number else empty,
+            "local": torch.stack(crops[2:]) if self.local_crops_number else empty,
             "color": torch.from_numpy(np.stack(colors)),
         }
 
@@ -125,9 +125,10 @@ def cut(image: Tensor, window: tuple[int, int, int, int], size: int, angle: floa
     top, left, h, w = window
     if not angle:
         return resize(image[:, top : top + h, left : left + w], size, size).contiguous()
-    sin, cos = abs(math.sin(math.radians(angle))), abs(math.cos(math.radians(angle)))
-    tall, wide = math.ceil(w * sin + h * cos), math.ceil(w * cos + h * sin)  # encloses the window
-    y, x = top - (tall - h) // 2, left - (wide - w) // 2
+    # stretched to a square and then turned, a window needs this much more on every side
+    more = abs(math.sin(math.radians(angle))) + abs(math.cos(math.radians(angle))) - 1
+    pad_h, pad_w = (math.ceil(side * more / 2 - 1e-6) for side in (h, w))
+    tall, wide, y, x = h + 2 * pad_h, w + 2 * pad_w, top - pad_h, left - pad_w
     around = image[:, max(y, 0) : max(y + tall, 0), max(x, 0) : max(x + wide, 0)]
     pad_y, pad_x = max(-y, 0), max(-x, 0)
     padding = (pad_x, wide - around.shape[2] - pad_x, pad_y, tall - around.shape[1] - pad_y)
@@ -252,12 +253,13 @@ class ProbeView:
         return {"image": crop.flip(-1) if rng.random() < 0.5 else crop}
 
 
-def contact_sheet(views: list[Tensor], rows: int = 8) -> Tensor:
-    """Lay out crops for the eye: uint8 (3, h, w), a photograph a row, views side by side.
-
-    `views` are float crops in 0-1 of each view (B, 3, h, w); small ones are padded.
-    """
-    side = max(view.shape[-1] for view in views)
-    padded = [F.pad(v[:rows], (0, side - v.shape[-1], 0, side - v.shape[-2])) for v in views]
-    columns = torch.cat(padded, dim=3)  # (rows, 3, side, V side)
-    return (columns.clamp(0, 1) * 255).byte().transpose(0, 1).flatten(1, 2)
+def contact_sheet(items: list[dict[str, Tensor]]) -> np.ndarray:
+    """Lay out MultiCrop's items for the eye, coloured: uint8 (h, w, 3), a photograph a row."""
+    rows, zero, one = [], torch.zeros(3), torch.ones(3)
+    for item in items:
+        pairs = zip([*item["global"], *item["local"]], item["color"], strict=True)
+        views = [apply_color(crop[None], row[None], zero, one)[0] for crop, row in pairs]
+        side = views[0].shape[-1]
+        padded = [F.pad(v, (0, side - v.shape[-1], 0, side - v.shape[-2])) for v in views]
+        rows.append(torch.cat(padded, dim=2))
+    return (torch.cat(rows, dim=1).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()

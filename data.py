@@ -7,10 +7,9 @@ or processes, sees the same views of the same photographs.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,13 +26,13 @@ import synthetic
 from layouts import Manifest, Record, open_data, read_manifest, split_patients, write_manifest
 from photographs import PhotographError, crop_square, find_fundus, load_photograph, open_photograph
 from runs import Processes
-from utils import InputError, log
+from utils import InputError, log, sha256_of
 
 GRADES = 5  # ICDR's 0-4
 RAW_SIZE = 512  # side to which photographs that nobody prepared are brought as they are read
 SYNTHETIC_SIZE = 256  # side of the drawn ones
 SYNTHETIC_COUNT = 1000
-SYNTHETIC_VERSION = 1  # of the drawing: part of the cache's name
+SYNTHETIC_VERSION = 2  # of the drawing: part of the cache's name
 
 
 @dataclass
@@ -92,13 +91,13 @@ def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
     log.info("drawing %d synthetic photographs into %s", count, folder)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         drawn = pool.map(partial(_draw_eye, folder), eyes, chunksize=8)
-        for _ in tqdm(drawn, total=count, desc="draw", disable=None):
-            pass
+        digests = list(tqdm(drawn, total=count, desc="draw", disable=None))
+    records = [replace(r, sha256=digest) for r, digest in zip(records, digests, strict=True)]
     write_manifest(folder, split_patients(records))
 
 
-def _draw_eye(folder: Path, eye: synthetic.DrawnEye) -> None:
-    """Draw one photograph and its masks, brought to the prepared form as a real one would be."""
+def _draw_eye(folder: Path, eye: synthetic.DrawnEye) -> str:
+    """Draw a photograph and its masks in the prepared form; returns the photograph's SHA-256."""
     frame, masks = synthetic.draw_photograph(eye, height=SYNTHETIC_SIZE * 9 // 8)
     box, name = find_fundus(frame), f"{eye.patient}_{eye.eye}"
     picture = Image.fromarray(crop_square(frame, box, SYNTHETIC_SIZE))
@@ -106,7 +105,9 @@ def _draw_eye(folder: Path, eye: synthetic.DrawnEye) -> None:
     for lesion, mask in masks.items():
         if mask.any():
             square = crop_square(mask.astype(np.uint8) * 255, box, SYNTHETIC_SIZE)
+            square = (square > 127).astype(np.uint8) * 255
             Image.fromarray(square).save(folder / "masks" / f"{name}_{lesion}.png")
+    return sha256_of(folder / "images" / f"{name}.jpg")
 
 
 def graded(manifest: Manifest, records: Sequence[Record], name: str) -> list[Record]:
@@ -124,20 +125,30 @@ def test_sets(
 ) -> dict[str, tuple[Manifest, list[Record]]]:
     """Return the graded test split under the name "", and all graded photographs of `others`.
 
-    Raises InputError when another set shares a file with this one's training or validation.
+    Raises InputError when another set shares a file with this one's training or validation, told by
+    checksums, which are computed where a manifest has none.
     """
     sets = {"": (manifest, graded(manifest, manifest.split("test"), "test"))}
-    known = {r.sha256 for r in manifest.records if r.split != "test" and r.sha256}
+    used = [r for r in manifest.records if r.split != "test"]
+    known = {_checksum(manifest, r) for r in used} if others else set()
     for data in others:
         other = open_manifest(data)
-        shared = [r.path for r in other.records if r.sha256 in known]
+        shared = [r.path for r in other.records if _checksum(other, r) in known]
         if shared:
             raise InputError(
                 f"--test-data {data}: {len(shared)} photographs are also in the training data, the "
                 f"first {shared[0]}; take them out of one of the two"
             )
-        sets[Path(data).name] = (other, graded(other, other.records, data))
+        base = name = other.root.resolve().name
+        count = 2
+        while name in sets:
+            name, count = f"{base}-{count}", count + 1
+        sets[name] = (other, graded(other, other.records, data))
     return sets
+
+
+def _checksum(manifest: Manifest, record: Record) -> str:
+    return record.sha256 or sha256_of(manifest.root / record.path)
 
 
 def describe(manifest: Manifest, test: Manifest, records: Sequence[Record]) -> dict[str, Any]:
@@ -262,7 +273,8 @@ def training_loader(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_own_group,
+        generator=torch.Generator(),  # else it draws from the one that drop path draws from
     )
     return _unwrap_errors(loader)
 
@@ -274,9 +286,11 @@ def evaluation_loader(
     return _unwrap_errors(DataLoader(dataset, batch_size, num_workers=workers))
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which saves before it ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _own_group(_worker: int) -> None:
+    """Leave the main process's group: a signal to it (Ctrl-C, SLURM's SIGTERM) must not end the
+    workers before the main process has saved. The main process can still end them."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def _unwrap_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from augment import PaperView, WholeView
 from data import DataOptions, describe, graded, grades_of, patients_of, test_sets
 from features import cached_features, knn_predict, open_evaluation, write_results
 from layouts import Record
-from utils import InputError, RunOptions, run_main
+from utils import RunOptions, check_options, run_main
 from vision_transformer import BackboneOptions
 
 HEADLINE = 15  # the paper's k
@@ -42,8 +42,8 @@ class Options(BackboneOptions, DataOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
-            raise InputError(f"--temperature {self.temperature}: expected above 0")
+        check_options(self, "temperature", lambda v: v > 0, "above 0")
+        check_options(self, "k", lambda v: min(v) > 0, "1 or more")
 
 
 def evaluate(
@@ -64,22 +64,24 @@ def main(o: Options, config: Path | None) -> None:
     """Grade the test split, and every `--test-data`."""
     e = open_evaluation(o, "knn" if o.protocol == "whole" else "knn-paper")
     view = WholeView(e.image_size) if o.protocol == "whole" else PaperView()
-    bank_records = graded(e.manifest, e.manifest.split("train"), "train")
+    voters = graded(e.manifest, e.manifest.split("train"), "train")
     if o.protocol == "paper":
-        bank_records += [r for r in e.manifest.split("val") if r.grade is not None]
-    bank = cached_features(e, e.manifest, bank_records, view)["cls"][:, -1]
+        voters += [r for r in e.manifest.split("val") if r.grade is not None]
+    bank = cached_features(e, e.manifest, voters, view)["cls"][:, -1]
     headline = HEADLINE if HEADLINE in o.k else o.k[-1]
     for name, (manifest, records) in test_sets(e.manifest, o.test_data).items():
         queries = cached_features(e, manifest, records, view)["cls"][:, -1]
-        bank_grades = torch.from_numpy(grades_of(bank_records))
+        bank_grades = torch.from_numpy(grades_of(voters))
         votes = knn_predict(bank, bank_grades, queries, o.k, o.temperature)
         predictions, by_k = evaluate(votes, records, headline)
         protocol = f"{headline}-NN, {o.protocol} view of {e.image_size} px"
         if o.protocol == "paper":
             protocol = f"{headline}-NN, the paper's view (256, middle 224)"
         data = describe(e.manifest, manifest, records)
-        about = {"protocol": protocol, "data": data, "by_k": by_k}
-        write_results(e, e.output / name, records, predictions, about)
+        output = e.output / name
+        summary = metrics.report(predictions, grades_of(voters), output, protocol)
+        results = {"protocol": protocol, "data": data, **summary, "by_k": by_k}
+        write_results(e, output, records, predictions.probabilities, results)
         for row in by_k:
             print(f"k {row['k']:3}: accuracy {row['accuracy']:.4f}, qwk {row['qwk'] or 0:.4f}")
 

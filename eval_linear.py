@@ -34,7 +34,15 @@ from features import (
     write_results,
 )
 from layouts import Record
-from utils import InputError, RunOptions, cosine_schedule, log, run_main, write_atomic
+from utils import (
+    InputError,
+    RunOptions,
+    check_options,
+    cosine_schedule,
+    log,
+    run_main,
+    write_atomic,
+)
 from vision_transformer import BackboneOptions
 
 PAPER_LR, PAPER_BATCH = 0.001 * 25 / 256, 25
@@ -63,8 +71,9 @@ class Options(BackboneOptions, DataOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs < 1 or self.batch_size < 1:
-            raise InputError("--epochs and --batch-size: expected 1 or more")
+        check_options(self, "epochs batch_size", lambda v: v >= 1, "1 or more")
+        check_options(self, "lr", lambda v: all(0 < x < np.inf for x in v), "numbers above 0")
+        check_options(self, "weight_decay", lambda v: all(0 <= x < np.inf for x in v), "0 or more")
         if self.features == "color" and self.protocol == "paper":
             raise InputError("--features color has no --protocol paper")
 
@@ -140,7 +149,8 @@ def fit(
     """
     first = next(train)
     probes = Probes(first.shape[1], settings, o.seed)
-    best: list[dict[str, Any]] = [{"rank": (-2.0, 0.0)} for _ in settings]
+    best: list[dict[str, Any]] = [{"lr": lr, "weight_decay": decay} for lr, decay in settings]
+    ranks = [(-2.0, 0.0)] * len(settings)  # below any score
     kept = torch.zeros_like(probes.weight), torch.zeros_like(probes.bias)
     for epoch in tqdm(range(o.epochs), desc="linear probe", disable=None):
         train_epoch(probes, first if epoch == 0 else next(train), grades, epoch, o)
@@ -152,23 +162,16 @@ def fit(
         scores = metrics.confusion_metrics(confusion)
         rows = logits.log_softmax(dim=2)[torch.arange(len(truth)), :, torch.from_numpy(truth)]
         loss = -rows.mean(dim=0)
-        for s, (lr, decay) in enumerate(settings):
-            score = float(np.nan_to_num(scores[o.select][s], nan=-1.0))
-            if torch.isfinite(loss[s]) and (score, -float(loss[s])) > best[s]["rank"]:
-                best[s] = {
-                    "lr": lr,
-                    "weight_decay": decay,
-                    "epoch": epoch + 1,
-                    o.select: score,
-                    "loss": float(loss[s]),
-                    "rank": (score, -float(loss[s])),
-                }
+        for s, score in enumerate(np.nan_to_num(scores[o.select], nan=-1.0).tolist()):
+            rank = (score, -float(loss[s]))
+            if torch.isfinite(loss[s]) and rank > ranks[s]:
+                ranks[s] = rank
+                best[s] |= {"epoch": epoch + 1, o.select: score, "loss": float(loss[s])}
                 kept[0][:, s], kept[1][s] = probes.weight[:, s], probes.bias[s]
-    winner = max(range(len(settings)), key=lambda s: best[s]["rank"])
-    rows = [
-        {k: v for k, v in row.items() if k != "rank"} | {"chosen": s == winner}
-        for s, row in enumerate(best)
-    ]
+    winner = max(range(len(settings)), key=ranks.__getitem__)
+    if "epoch" not in best[winner]:
+        raise InputError(f"--lr {' '.join(map(str, o.lr))}: all diverged; give smaller ones")
+    rows = [row | {"chosen": s == winner} for s, row in enumerate(best)]
     return kept[0][:, winner], kept[1][winner], rows
 
 
@@ -244,8 +247,10 @@ def main(o: Options, config: Path | None) -> None:
         shares = (probe_input(found, e.weights.spec.arch, o) @ weight + bias).softmax(1).numpy()
         p = metrics.Predictions(grades_of(tested), shares.argmax(1), shares, patients_of(tested))
         data = describe(e.manifest, manifest, tested)
-        about = {"protocol": protocol, "data": data, "by_hyperparameter": rows}
-        write_results(e, e.output / name, tested, p, about)
+        output = e.output / name
+        summary = metrics.report(p, grades_of(records), output, protocol)
+        results = {"protocol": protocol, "data": data, **summary, "by_hyperparameter": rows}
+        write_results(e, output, tested, shares, results)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import metrics
-from augment import normalize
-from data import PhotographDataset, View, evaluation_loader, grades_of, open_manifest, patients_of
-from layouts import Manifest, Record
+from data import GRADES, Manifest, PhotographDataset, Record, View, evaluation_loader, open_manifest
 from runs import autocast_dtype, pick_device, versions
 from utils import InputError, log, write_atomic, write_json
-from vision_transformer import Backbone, Weights, load_backbone, newest_run, read_weights
+from vision_transformer import Backbone, Weights, load_backbone, read_weights
 
 N_BLOCKS = 4  # the most that any protocol reads
 
@@ -47,14 +45,14 @@ def extract_features(
     """
     device, found, training = backbone.cls_token.device, [], backbone.training
     backbone.eval()
-    mean, std = (torch.tensor(v, device=device) for v in (backbone.spec.mean, backbone.spec.std))
     batches = evaluation_loader(dataset, 64, workers)
     total = -(-len(dataset) // 64)
     for batch in tqdm(batches, desc=title, total=total, disable=None if title else True):
-        images = batch["image"].to(device).float() / 255
+        images = batch["image"].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            cls_tokens, patch = backbone.frozen_features(normalize(images, mean, std), N_BLOCKS)
-        color = torch.cat([images.mean(dim=(2, 3)), images.std(dim=(2, 3))], dim=1)
+            cls_tokens, patch = backbone.frozen_features(backbone.normalize(images), N_BLOCKS)
+        pixels = images.float().flatten(2) / 255
+        color = torch.cat([pixels.mean(dim=2), pixels.std(dim=2)], dim=1)
         found.append([v.float().cpu() for v in (cls_tokens, patch, color)])
     backbone.train(training)
     names = ("cls", "patch", "color")
@@ -71,7 +69,7 @@ def knn_predict(
     section 3.4, as DINO uses it). One search of the largest k serves all, in chunks of queries.
     Raises InputError when a k is not in 1..M.
     """
-    ks = list(ks)
+    ks = list(dict.fromkeys(ks))
     for k in ks:
         if not 1 <= k <= len(bank):
             raise InputError(
@@ -83,25 +81,12 @@ def knn_predict(
     for chunk in queries.split(2048):
         similarity, nearest = (chunk @ bank.T).topk(max(ks), dim=1)
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)  # the scale cancels
-        ballots = torch.nn.functional.one_hot(bank_grades[nearest], metrics.GRADES)
+        ballots = torch.nn.functional.one_hot(bank_grades[nearest], GRADES)
         ballots = ballots * weight.unsqueeze(2)  # (N, k, G)
         for k in ks:
             summed = ballots[:, :k].sum(dim=1)
             votes[k].append(summed / summed.sum(dim=1, keepdim=True))
     return {k: torch.cat(parts) for k, parts in votes.items()}
-
-
-def knn_scores(
-    bank: Tensor, bank_records: list[Record], queries: Tensor, records: list[Record]
-) -> dict[str, float]:
-    """Return accuracy, majority accuracy and QWK of the 15-NN (fewer if the bank has fewer)."""
-    k, truth = min(15, len(bank)), grades_of(records)
-    votes = knn_predict(bank, torch.from_numpy(grades_of(bank_records)), queries, [k])[k].numpy()
-    p = metrics.Predictions(truth, votes.argmax(1), votes, patients_of(records))
-    values, line = metrics.point_values(p), metrics.majority(grades_of(bank_records), truth)
-    qwk = values["qwk"]["value"] or 0.0  # undefined where there is one grade: nothing is shown
-    accuracy = values["accuracy"]["value"]
-    return {"knn_accuracy": accuracy, "knn_majority": line["accuracy"], "knn_qwk": qwk}
 
 
 def rankme(features: Tensor) -> float:
@@ -138,6 +123,17 @@ class Evaluation:
     image_size: int
 
 
+def newest_run(folder: Path = Path("runs")) -> Path:
+    """Return the run with the newest backbone.safetensors; raises InputError if there is none."""
+    found = sorted(folder.glob("*/backbone.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError(
+            f"no trained run under {folder}/: make one with `python SSRL.py`, or name weights with "
+            "--pretrained"
+        )
+    return found[-1].parent
+
+
 def open_weights(options: Any, kind: str) -> tuple[Weights, Path]:
     """Resolve `--pretrained` and the output folder: the run's `kind` (knn, linear, attention).
 
@@ -164,12 +160,16 @@ def open_evaluation(options: Any, kind: str) -> Evaluation:
     manifest = open_manifest(data)
     there = output / "results.json"
     if there.is_file() and not options.overwrite:
-        old, ours = json.loads(there.read_text("utf-8")), (weights.sha256, manifest.fingerprint)
-        if (old["backbone"]["sha256"], old["data"]["fingerprint"]) != ours:
+        old, ours = json.loads(there.read_text("utf-8")), [weights.sha256, weights.network]
+        theirs = [old["backbone"].get("sha256"), old["backbone"].get("network")]
+        if theirs + [old["data"]["fingerprint"]] != ours + [manifest.fingerprint]:
             raise InputError(f"{there}: is of other weights or data; --overwrite replaces it")
     device = pick_device(options.device)
     dtype = autocast_dtype(options.precision, device)
-    size, backbone = options.image_size or weights.spec.image_size, load_backbone(weights)
+    patch, size = weights.spec.patch_size, options.image_size or weights.spec.image_size
+    if size < 1 or size % patch:
+        raise InputError(f"--image-size {size}: expected a multiple of the patch size {patch}")
+    backbone = load_backbone(weights)
     return Evaluation(options, weights, backbone.to(device), dtype, output, manifest, size)
 
 
@@ -181,7 +181,7 @@ def cached_features(
     Keyed by weights, photographs, view and precision.
     """
     rows = [(r.path, r.sha256) for r in records]
-    key = (e.weights.sha256, manifest.fingerprint, rows, view, str(e.dtype))
+    key = (e.weights.sha256, e.weights.network, manifest.fingerprint, rows, view, str(e.dtype))
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     beside = e.output if e.options.output_dir else e.output.parent
     path = beside / "features" / f"{name}.safetensors"
@@ -193,25 +193,22 @@ def cached_features(
 
 
 def write_results(
-    e: Evaluation, output: Path, tested: list[Record], p: metrics.Predictions, about: dict[str, Any]
+    e: Evaluation, output: Path, tested: list[Record], shares: np.ndarray, results: dict[str, Any]
 ) -> None:
-    """Write results.json, predictions.csv and confusion.png of a test; print the metrics.
+    """Write results.json and predictions.csv of a test.
 
-    `about` leads results.json: `protocol`, `data` (data.describe), `by_k` and the like. The
-    majority line is that of the manifest's training grades.
+    `shares` (N, G) are the probabilities of the `tested` records' grades; `results` what
+    results.json says beside the weights, versions and command.
     """
-    w, train = e.weights, [r for r in e.manifest.split("train") if r.grade is not None]
-    backbone = {"path": w.path, "sha256": w.sha256, "arch": w.spec.arch}
-    backbone["patch_size"] = w.spec.patch_size
-    summary, found = metrics.summarize(p, grades_of(train)), {"versions": versions()}
-    results = about | {"backbone": backbone} | summary | found | {"command": sys.argv}
-    write_json(output / "results.json", results)
+    w = e.weights
+    backbone = {"path": w.path, "sha256": w.sha256, "network": w.network}
+    backbone |= {"arch": w.spec.arch, "patch_size": w.spec.patch_size}
+    ending = {"backbone": backbone, "versions": versions(), "command": sys.argv}
+    write_json(output / "results.json", results | ending)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", "patient", "eye", "grade", "prediction", "p0", "p1", "p2", "p3", "p4"])
-    for r, grade, shares in zip(tested, p.predicted, p.probabilities, strict=True):
-        rows.writerow([r.path, r.patient, r.eye, r.grade, grade, *(f"{v:.6g}" for v in shares)])
+    for r, share in zip(tested, shares, strict=True):
+        row = [r.path, r.patient, r.eye, r.grade, share.argmax(), *(f"{v:.6g}" for v in share)]
+        rows.writerow(row)
     write_atomic(output / "predictions.csv", lambda path: path.write_text(text.getvalue(), "utf-8"))
-    metrics.plot_confusion(summary["confusion"], output / "confusion.png")
-    print(f"\n{about['protocol']}, {len(tested)} test photographs, {output}")
-    print("\n".join(metrics.result_lines(summary)))

@@ -81,6 +81,15 @@ def _qwk(p: Predictions) -> dict[str, Any]:
     return {"value": float(kappa)}
 
 
+def brief(votes: np.ndarray, grades: np.ndarray, train_grades: np.ndarray) -> dict[str, float]:
+    """Return accuracy, majority accuracy and QWK (0 where undefined) of votes (N, G)."""
+    votes = np.asarray(votes)
+    p = Predictions(grades, votes.argmax(1), votes, np.arange(len(grades)).astype(str))
+    values, line = point_values(p), majority(train_grades, grades)
+    qwk = values["qwk"]["value"] or 0.0  # one grade only: nothing is shown
+    return {"accuracy": values["accuracy"]["value"], "majority": line["accuracy"], "qwk": qwk}
+
+
 def evaluate(p: Predictions, draws: int = 1000, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Return {name: {value, ci95: [low, high]}}: percentile bootstrap over patients, seeded.
 
@@ -184,6 +193,18 @@ def result_lines(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def report(p: Predictions, train_grades: np.ndarray, folder: Path, title: str) -> dict[str, Any]:
+    """Print the metrics, draw `folder`/confusion.png and return the summary."""
+    summary = summarize(p, train_grades)
+    plot_confusion(summary["confusion"], folder / "confusion.png")
+    print(
+        "\n".join(
+            [f"\n{title}, {len(p.grades)} test photographs, {folder}", *result_lines(summary)]
+        )
+    )
+    return summary
+
+
 def plot_confusion(confusion: list[list[int]], path: Path) -> None:
     """Draw a confusion matrix as PNG: counts, shaded by the share of their row."""
     from matplotlib.figure import Figure
@@ -196,4 +217,5 @@ def plot_confusion(confusion: list[list[int]], path: Path) -> None:
     for row, column in np.ndindex(table.shape):
         color = "white" if share[row, column] > 0.6 else "black"
         axes.text(column, row, table[row, column], ha="center", va="center", color=color)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")

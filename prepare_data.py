@@ -216,6 +216,7 @@ def summarise(records: list[Record], facts: dict[str, dict[str, Any]]) -> dict[s
 
 
 def main(options: PrepareOptions, config: Path | None = None) -> None:
+    """Prepare a data set, or what is left of it to prepare, and say what was found."""
     manifest, out = open_data(options.source), Path(options.out).expanduser()
     if out.resolve().is_relative_to(manifest.root.resolve()):
         raise InputError(f"--out {out}: lies in --source, which is not written to; choose another")

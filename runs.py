@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import importlib.metadata
 import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from utils import HERE, InputError, dump_options, log, write_atomic
+from utils import InputError, commit, dump_options, log, write_atomic
 
 # ------------------------------------------------------------------------------- processes, device
 
@@ -72,7 +73,9 @@ def process_group(device: str) -> Iterator[Processes]:
         return
     cuda = chosen.type == "cuda"
     backend = "nccl" if cuda and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+    patience = datetime.timedelta(hours=2)  # the others wait while the main process evaluates
+    device_id = chosen if backend == "nccl" else None
+    dist.init_process_group(backend, device_id=device_id, timeout=patience)
     if cuda:
         torch.cuda.set_device(chosen)
     try:
@@ -155,37 +158,30 @@ def load_torch(path: Path) -> dict[str, Any]:
                 raise InputError(f"{path}: is damaged (checksum of {damaged}); take another copy")
         with torch.serialization.safe_globals(safe):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # damage shows in whatever the bytes happen to mean
+        if isinstance(error, InputError):
+            raise
+        refused = re.search(r"(?i)unsupported (?:global|class).*?(?=\. |\n|$)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise InputError(
+                f"{path}: holds more than weights and is refused, since loading it would run its "
+                f"code ({refused[0]}); save its weights alone, where you trust it"
+            ) from None
         raise InputError(
-            f"{path}: holds more than weights and is refused, since loading it would run its code "
-            f"({reason}); export the weights as safetensors where the file is trusted"
+            f"{path}: no torch file, or a damaged one ({type(error).__name__}); take another copy"
         ) from None
-    except (EOFError, OSError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else "is empty or cut off"
-        raise InputError(f"{path}: cannot be read ({reason}); take another copy") from None
 
 
 def versions() -> dict[str, str]:
     """Return what a result depends on: Python, libraries, machine and this checkout's commit."""
-    names = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
+    names = ["torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn"]
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
         "device": cuda or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "commit": _git("rev-parse", "HEAD")
-        + ("-modified" if _git("status", "--porcelain") else ""),
+        "commit": commit(),
     }
-
-
-def _git(*arguments: str) -> str:
-    """Return what git says about this checkout, empty where there is no git."""
-    command = ["git", "-C", str(HERE), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 # -------------------------------------------------------------------------- folder, progress, stop
@@ -195,9 +191,8 @@ class RunFolder:
     """A training run's folder: what may continue in it, and its log.jsonl."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.data = path, ""  # fingerprint
         self.options: dict[str, Any] = {}
-        self.data = ""  # fingerprint
 
     @classmethod
     def of(cls, options: Any, config: Path | None, default: str) -> RunFolder:
@@ -222,23 +217,29 @@ class RunFolder:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
         ignored = ("output_dir", "overwrite", "resume", "debug")
         self.options = {k: v for k, v in plain.items() if k not in ignored}
+        self.options["processes"] = processes.world  # with the batch size it makes the step
         self.data = data
-        checkpoint = self.path / "checkpoint.pth"
+        checkpoint, saved = self.path / "checkpoint.pth", None
         with processes.main_first():
             if options.overwrite and processes.is_main and self.path.is_dir():
-                shutil.rmtree(self.path)
+                self._clear()
         if checkpoint.is_file():
             saved = load_torch(checkpoint)
             self._compare(saved, resumable, options.resume)
-            return saved
-        if processes.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            text = dump_options(options)
-            write_atomic(self.path / "config.yaml", lambda temporary: temporary.write_text(text))
+        text, config = dump_options(options), self.path / "config.yaml"
+        if processes.is_main and not (config.is_file() and config.read_text() == text):
+            write_atomic(config, lambda temporary: temporary.write_text(text))
+        if processes.is_main and saved is None:
             self.log(
                 {"command": sys.argv, "data": data, "versions": versions(), "options": self.options}
             )
-        return None
+        return saved
+
+    def _clear(self) -> None:
+        """Delete the folder, if it is a run's or empty: `--overwrite` on any other is a mistake."""
+        if any(self.path.iterdir()) and not (self.path / "config.yaml").is_file():
+            raise InputError(f"--overwrite: {self.path} holds no run (config.yaml); name another")
+        shutil.rmtree(self.path)
 
     def _compare(self, saved: dict[str, Any], resumable: tuple[str, ...], resume: str) -> None:
         old, new = saved["options"], self.options

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import typing
@@ -62,8 +63,7 @@ class RunOptions:
     """Show the traceback of errors that are otherwise one message."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise InputError(f"--workers {self.workers}: expected 0 or more")
+        check_options(self, "workers seed", lambda v: v >= 0, "0 or more")
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -92,13 +92,12 @@ def parse(
     about = (
         f"{options_class.__doc__}\n--config FILE takes options from a YAML file; flags override it."
     )
-    if path:  # alone first, so that a fault of the file is told apart from one of the command line
-        try:
-            tyro.cli(options_class, args=flags)
-        except SystemExit:
-            print(f"The option above comes from {path}.", file=sys.stderr)
-            raise
-    options = tyro.cli(options_class, args=flags + arguments, description=about)
+    try:
+        options = tyro.cli(options_class, args=flags + arguments, description=about)
+    except SystemExit as end:
+        if flags and end.code:
+            print(f"These options were taken from {path} first: {flags}", file=sys.stderr)
+        raise
     for field in dataclasses.fields(options):
         if getattr(options, field.name) == () != field.default:
             flag = "--" + field.name.replace("_", "-")
@@ -230,6 +229,19 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commit() -> str:
+    """Return this checkout's commit, "-modified" where files differ; empty without git."""
+    said = []
+    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain")):
+        try:
+            command = ["git", "-C", str(HERE), *arguments]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        said.append(run.stdout.strip())
+    return said[0] + ("-modified" if said[1] else "")
 
 
 # --------------------------------------------------------------------------------------- schedules

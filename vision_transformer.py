@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,6 +51,10 @@ class BackboneSpec:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):  # files give tuples back as lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @property
     def timm_name(self) -> str:
         """timm's model of these dimensions, empty where timm has none."""
@@ -78,6 +83,13 @@ class Backbone(VisionTransformer):
         )
         self.spec = spec
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return uint8 images (B, 3, h, w) as the fp32 input that the backbone was trained on."""
+        mean, std = (
+            images.new_tensor(v, dtype=torch.float32) for v in (self.spec.mean, self.spec.std)
+        )
+        return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
     def tokens(self, images: Tensor) -> Tensor:
         """Embed images (B, 3, h, w) as position-encoded tokens (B, N, D), [CLS] first."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
@@ -104,23 +116,20 @@ class Backbone(VisionTransformer):
             x = block(x)
         last = self.blocks[-1]
         attention, x = last.attn, last.norm1(x)
-        batch, count, width = x.shape
-        query, key, _ = attention.qkv.weight.chunk(3)
-        query_bias, key_bias, _ = attention.qkv.bias.chunk(3)
-        q = nn.functional.linear(x[:, :1], query, query_bias)  # (B, 1, D)
-        k = nn.functional.linear(x, key, key_bias)  # (B, N, D)
-        q = q.reshape(batch, 1, attention.num_heads, -1).transpose(1, 2)  # (B, H, 1, D / H)
-        k = k.reshape(batch, count, attention.num_heads, -1).permute(0, 2, 3, 1)
-        return ((q @ k) * attention.scale).float().softmax(dim=-1).squeeze(2)
+        weights = zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True)
+        q, k = (
+            nn.functional.linear(tokens, *weight).unflatten(2, (attention.num_heads, -1))
+            for tokens, weight in zip((x[:, :1], x), weights, strict=False)
+        )  # (B, 1, H, D / H), (B, N, H, D / H)
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * attention.scale  # (B, H, 1, N)
+        return scores.float().softmax(dim=-1).squeeze(2)
 
 
 class ProjectionHead(nn.Module):
     """DINO's head: 3-layer MLP, l2-normalised bottleneck, weight-normalised prototypes.
 
     Maps (B, D) to logits (B, K), each the cosine to a prototype where `norm_last_layer` fixes their
-    lengths at 1. `use_bn` puts batch norm after the two hidden layers, as DINO's option does;
-    `center_bottleneck` before the l2-normalisation too (no affine), so that what all images share
-    does not fill the unit vector. arXiv 2104.14294, section 3.
+    lengths at 1. `use_bn` puts batch norm after the two hidden layers. arXiv 2104.14294, section 3.
     """
 
     def __init__(
@@ -131,7 +140,6 @@ class ProjectionHead(nn.Module):
         bottleneck_dim: int = 256,
         *,
         use_bn: bool = False,
-        center_bottleneck: bool = False,
         norm_last_layer: bool = True,
     ) -> None:
         super().__init__()
@@ -140,9 +148,7 @@ class ProjectionHead(nn.Module):
             layers.append(nn.Linear(width, hidden_dim))
             layers += [nn.BatchNorm1d(hidden_dim)] if use_bn else []
             layers.append(nn.GELU())
-        layers.append(nn.Linear(hidden_dim, bottleneck_dim))
-        layers += [nn.BatchNorm1d(bottleneck_dim, affine=False)] if center_bottleneck else []
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -179,9 +185,10 @@ class Weights:
     state: dict[str, Tensor] = field(repr=False)
     spec: BackboneSpec
     path: str
-    sha256: str
-    run: Path | None  # the run folder they belong to, if any
-    run_options: dict[str, Any]  # that run's options, empty without a run
+    sha256: str  # of the file
+    run: Path | None = None  # the run folder they belong to, if any
+    run_options: dict[str, Any] = field(default_factory=dict)  # that run's, if any
+    network: str = ""  # teacher or student, of a file that may hold both
 
 
 def read_weights(source: str, checkpoint_key: str = "teacher") -> Weights:
@@ -192,7 +199,10 @@ def read_weights(source: str, checkpoint_key: str = "teacher") -> Weights:
     """
     if source == "none":
         spec = BackboneSpec("vit_small", 16, 224)
-        return Weights(Backbone(spec).state_dict(), spec, "none", "random", None, {})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            state = Backbone(spec).state_dict()
+        return Weights(state, spec, "none", _digest(state))
     if source.startswith("timm:"):
         return _read_timm(source)
     path = Path(source)
@@ -209,7 +219,8 @@ def read_weights(source: str, checkpoint_key: str = "teacher") -> Weights:
         state, meta = _read_torch(path, checkpoint_key)
     spec = BackboneSpec(**meta["spec"]) if "spec" in meta else infer_spec(state, path)
     run = path.parent if (path.parent / "config.yaml").is_file() else None
-    return Weights(state, spec, str(path), sha256_of(path), run, meta.get("options", {}))
+    network = "" if path.suffix == ".safetensors" else checkpoint_key
+    return Weights(state, spec, str(path), sha256_of(path), run, meta.get("options", {}), network)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -242,7 +253,7 @@ def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove wrappers' prefixes at the front of names, and heads (classifier or projection)."""
     cleaned = {}
     for name, value in state.items():
-        for prefix in ("module.", "_orig_mod.", "backbone."):
+        for prefix in ("_orig_mod.", "module.", "_orig_mod.", "backbone."):
             name = name.removeprefix(prefix)
         if not name.startswith("head."):
             cleaned[name] = value
@@ -261,12 +272,14 @@ def _read_timm(source: str) -> Weights:
             f"{source}: could not be downloaded ({type(error).__name__}: {error}). Without "
             "network, copy the weights' file here and name it instead"
         ) from None
-    state = {k: v.detach() for k, v in model.state_dict().items()}
-    spec = infer_spec(state, Path(name))
-    config = model.pretrained_cfg
-    spec = BackboneSpec(spec.arch, spec.patch_size, spec.image_size, config["mean"], config["std"])
-    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
-    return Weights(state, spec, source, digest, None, {})
+    state, config = model.state_dict(), model.pretrained_cfg
+    spec = replace(infer_spec(state, Path(name)), mean=config["mean"], std=config["std"])
+    return Weights(state, spec, source, _digest(state))
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of weights that have no file."""
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
 
 
 def infer_spec(state: dict[str, Tensor], path: Path) -> BackboneSpec:
@@ -280,15 +293,15 @@ def infer_spec(state: dict[str, Tensor], path: Path) -> BackboneSpec:
     except (KeyError, ValueError):
         first = ", ".join(list(state)[:5])
         raise InputError(f"{path}: these are not a ViT's weights (names begin: {first})") from None
-    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-    side = int(tokens**0.5 + 0.5)
-    for arch, (arch_width, depth, _) in ARCHS.items():
-        if (width, len(blocks)) == (arch_width, depth) and side**2 == tokens:
-            return BackboneSpec(arch, patch, side * patch)
-    raise InputError(
-        f"{path}: a ViT of width {width} with {len(blocks)} blocks and {tokens} positions is none "
-        f"of {', '.join(ARCHS)}"
+    depth, side = (
+        len({n.split(".")[1] for n in state if n.startswith("blocks.")}),
+        math.isqrt(tokens),
     )
+    for arch, dimensions in ARCHS.items():
+        if dimensions[:2] == (width, depth) and side**2 == tokens:
+            return BackboneSpec(arch, patch, side * patch)
+    known = f"{width} wide, {depth} blocks, {tokens} positions; known: {', '.join(ARCHS)}"
+    raise InputError(f"{path}: a ViT of other dimensions ({known})")
 
 
 def load_weights(backbone: Backbone, weights: Weights) -> None:
@@ -301,14 +314,11 @@ def load_weights(backbone: Backbone, weights: Weights) -> None:
     if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
         new_size = list(backbone.patch_embed.grid_size)
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size, [grid, grid])
+    shapes = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in own.keys() & state.keys()}
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-            for name, value in own.items()
-            if name in state and state[name].shape != value.shape
-        ],
+        "of another shape": [f"{k} {a} instead of {b}" for k, (a, b) in shapes.items() if a != b],
     }
     if any(problems.values()):
         listed = "".join(f"\n  {k}: {', '.join(v[:8])}" for k, v in problems.items() if v)
@@ -324,17 +334,6 @@ def load_backbone(weights: Weights) -> Backbone:
     return backbone.eval().requires_grad_(False)
 
 
-def newest_run(folder: Path = Path("runs")) -> Path:
-    """Return the run with the newest backbone.safetensors; raises InputError if there is none."""
-    found = sorted(folder.glob("*/backbone.safetensors"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise InputError(
-            f"no trained run under {folder}/: make one with `python SSRL.py`, or name weights with "
-            "--pretrained"
-        )
-    return found[-1].parent
-
-
 # ------------------------------------------------------------------------------------- weights out
 
 
@@ -345,6 +344,6 @@ def save_backbone(backbone: Backbone, path: Path, options: dict[str, Any]) -> No
     BackboneSpec (arch, patch_size, image_size, mean, std) and the run's options.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
-    meta = {"spec": asdict(backbone.spec), "options": options}
-    metadata = {"ssrl": json.dumps(meta), "architecture": backbone.spec.timm_name}
+    meta = json.dumps({"spec": asdict(backbone.spec), "options": options})
+    metadata = {"ssrl": meta, "architecture": backbone.spec.timm_name}
     write_atomic(path, lambda temporary: save_file(state, temporary, metadata=metadata))

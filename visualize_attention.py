@@ -10,6 +10,8 @@ Shapes: H heads, h w the patch grid.
 
 from __future__ import annotations
 
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +22,6 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from augment import normalize
 from features import open_weights
 from photographs import PhotographError, load_photograph
 from runs import autocast_dtype, pick_device
@@ -67,13 +68,14 @@ def find_photographs(names: tuple[str, ...]) -> dict[str, Path]:
             found.append((path.stem, path))
         else:
             raise InputError(f"--image {name}: no such file or folder")
-    names_seen: dict[str, Path] = {}
+    stems, named = {stem for stem, _ in found}, {}
     for stem, path in found:
-        unique, count = stem, 2
-        while unique in names_seen:
+        base = re.sub(r"_(mean|overlay|mask|head\d+)$", "", stem)  # a_mask beside a: also a's mask
+        unique, count = stem if base == stem or base not in stems else f"{stem}-1", 2
+        while unique in named:
             unique, count = f"{stem}-{count}", count + 1
-        names_seen[unique] = path
-    return names_seen
+        named[unique] = path
+    return named
 
 
 @torch.inference_mode()
@@ -86,11 +88,10 @@ def attend(backbone: Backbone, photograph: np.ndarray, dtype: torch.dtype | None
     patch, device = backbone.spec.patch_size, backbone.cls_token.device
     side = photograph.shape[0]
     grid = -(-side // patch)
-    image = torch.zeros(1, 3, grid * patch, grid * patch, device=device)
-    image[..., :side, :side] = torch.from_numpy(photograph).to(device).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(v, device=device) for v in (backbone.spec.mean, backbone.spec.std))
+    image = torch.zeros(1, 3, grid * patch, grid * patch, dtype=torch.uint8, device=device)
+    image[..., :side, :side] = torch.from_numpy(photograph).to(device).permute(2, 0, 1)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        rows = backbone.cls_attention(normalize(image, mean, std))[0, :, 1:]  # (H, h w)
+        rows = backbone.cls_attention(backbone.normalize(image))[0, :, 1:]  # (H, h w)
     maps = rows.float().cpu().reshape(-1, grid, grid)
     return (maps / maps.sum(dim=(1, 2), keepdim=True)).numpy()
 
@@ -152,6 +153,15 @@ def write_results(
     write_atomic(output / f"{name}.npz", write)
 
 
+def made_by(numbers: Path) -> str:
+    """Return the sha256 of the weights that a .npz of ours names, empty where it is damaged."""
+    try:
+        with np.load(numbers) as file:
+            return str(file["backbone"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return ""
+
+
 def main(o: Options, config: Path | None) -> None:
     """Draw the maps of every photograph; one that cannot be read does not cost the others."""
     photographs = find_photographs(o.image)
@@ -161,11 +171,7 @@ def main(o: Options, config: Path | None) -> None:
     failed = []
     for name, path in tqdm(photographs.items(), desc="attention", disable=None):
         there = output / f"{name}.npz"
-        if (
-            there.is_file()
-            and not o.overwrite
-            and str(np.load(there)["backbone"]) != weights.sha256
-        ):
+        if there.is_file() and not o.overwrite and made_by(there) != weights.sha256:
             raise InputError(f"{there}: is of other weights; --overwrite replaces it")
         try:
             photograph = load_photograph(path, o.image_size)

@@ -357,7 +357,7 @@ ROWS = [
         "images/1_left.jpg", 0, "1", "left", "train", "train/1_left.jpeg", 4752, 3168, "ab" * 32
     ),
     Record("images/1_right.jpg", None, "1", "right", "train"),
-    Record("images/a, b.jpg", 4, "é", "", "val"),
+    Record("images/a, b.jpg", 4, "\u00e9", "", "val"),
     Record("images/c.jpg", 2, "c", "", "test"),
 ]
 

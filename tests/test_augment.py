@@ -1,0 +1,361 @@
+"""Views of photographs. Run with `python -m pytest tests/test_augment.py`.
+
+Oracles: Pillow, torchvision's functions and DINO's pipeline of them, naive loops in numpy.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageOps
+from scipy.stats import ks_2samp
+
+import augment
+from augment import MultiCrop, apply_color, cut, draw_color, draw_window, gaussian_blur, resize
+
+ZERO, ONE = torch.zeros(3), torch.ones(3)
+GREY = torch.tensor([0.299, 0.587, 0.114])
+
+
+def to_pil(image):
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def from_pil(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def gap(one, other):
+    return (one.double() - other.double()).abs().max().item()
+
+
+class Fixed:
+    """A generator whose draws are given: jitter or not, grey or not, factors and order."""
+
+    def __init__(self, jitter=True, grey=False, factors=(0, 0, 0), hue=0.0, order=(0, 1, 2, 3)):
+        self.decisions = [0.0 if jitter else 0.99, 0.0 if grey else 0.99]
+        self.factors, self.hue, self.order = np.array(factors), hue, order
+
+    def random(self):
+        return self.decisions.pop(0)
+
+    def uniform(self, low, high, size=None):
+        return self.hue if size is None else self.factors
+
+    def permutation(self, count):
+        return np.array(self.order)
+
+
+def row(color=None, sigma=0.0, threshold=2.0):
+    color = [*np.eye(3).ravel(), 0, 0, 0] if color is None else color
+    return torch.tensor([[*color, sigma, threshold]], dtype=torch.float32)
+
+
+@pytest.fixture
+def middle():
+    """An image of middle colours, which no change below clamps, uint8 (3, 20, 24)."""
+    return torch.randint(95, 150, (3, 20, 24), generator=torch.Generator().manual_seed(3)).byte()
+
+
+# --------------------------------------------------------------------------------------- multi-crop
+
+
+@pytest.mark.parametrize("number", [0, 1, 6])
+def test_sizes_and_number_of_views(photograph, number):
+    item = MultiCrop(40, 24, local_crops_number=number)(photograph, (0, 0, 0))
+    assert item["global"].shape == (2, 3, 40, 40) and item["global"].dtype == torch.uint8
+    assert item["local"].shape == (number, 3, 24, 24) and item["local"].dtype == torch.uint8
+    assert item["color"].shape == (2 + number, 14) and item["color"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 90), (3, 90, 30), (3, 1, 1), (3, 600, 500)])
+def test_photographs_of_any_shape(shape):
+    item = MultiCrop(32, 16, rotation=20.0)(torch.full(shape, 9, dtype=torch.uint8), (1,))
+    assert item["global"].shape == (2, 3, 32, 32) and item["local"].shape == (6, 3, 16, 16)
+
+
+def test_views_depend_on_the_key_alone(photograph):
+    crops = MultiCrop(32, 16, rotation=15.0, flip_vertical=True)
+    first = crops(photograph, (1, 2, 3))
+    torch.rand(1), np.random.random(1)
+    again = crops(photograph, (1, 2, 3))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for key in ((1, 2, 4), (1, 3, 3), (0, 2, 3)):
+        other = crops(photograph, key)
+        assert not any(torch.equal(first[name], other[name]) for name in first)
+    assert not torch.equal(first["global"][0], first["global"][1])
+
+
+def test_windows_are_drawn_as_torchvision_draws_them():
+    height, width, scale = 120, 150, (0.3, 0.9)
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    ours = np.array([draw_window((height, width), scale, rng) for _ in range(4000)])
+    theirs = np.array(
+        [T.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(4000)]
+    )
+    assert (ours[:, 0] >= 0).all() and (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] >= 0).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    measures = [
+        lambda w: w[:, 2] * w[:, 3] / (height * width),
+        lambda w: w[:, 3] / w[:, 2],
+        lambda w: w[:, 0] / np.maximum(1, height - w[:, 2]),
+        lambda w: w[:, 1] / np.maximum(1, width - w[:, 3]),
+    ]
+    for measure in measures:
+        assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
+    share = measures[0](ours)
+    assert 0.29 < share.min() < 0.33 and 0.85 < share.max() < 0.91
+
+
+def test_window_of_an_odd_photograph_is_its_middle():
+    rng = np.random.default_rng(0)
+    assert draw_window((10, 1000), (1.0, 1.0), rng) == (0, 493, 10, 13)
+    assert draw_window((1000, 10), (1.0, 1.0), rng) == (493, 0, 13, 10)
+
+
+def test_scales_and_angles_are_those_of_the_options(monkeypatch, photograph):
+    scales, angles, real_window, real_cut = [], [], augment.draw_window, augment.cut
+
+    def note_window(shape, scale, rng):
+        scales.append(scale)
+        return real_window(shape, scale, rng)
+
+    def note_cut(image, window, size, angle):
+        angles.append(angle)
+        return real_cut(image, window, size, angle)
+
+    monkeypatch.setattr(augment, "draw_window", note_window)
+    monkeypatch.setattr(augment, "cut", note_cut)
+    for key in range(20):
+        MultiCrop(16, 8, (0.5, 0.9), (0.1, 0.2), 3, rotation=20.0)(photograph, (key,))
+    assert scales == ([(0.5, 0.9)] * 2 + [(0.1, 0.2)] * 3) * 20
+    assert -20 <= min(angles) < -14 and 14 < max(angles) <= 20
+
+
+def test_flips():
+    ramp = torch.arange(0, 240, 4, dtype=torch.uint8).expand(3, 60, 60)
+    images = {"horizontal": ramp, "vertical": ramp.transpose(1, 2).contiguous()}
+
+    def share(image, axis, vertical):
+        crops = MultiCrop(8, 8, local_crops_number=0, flip_vertical=vertical)
+        turned = 0
+        for key in range(300):
+            view = crops(image, (key,))["global"].float()
+            first, last = view.select(axis, 0).mean((1, 2)), view.select(axis, 7).mean((1, 2))
+            turned += (first > last).sum().item()
+        return turned / 600
+
+    assert 0.44 < share(images["horizontal"], 3, False) < 0.56
+    assert share(images["vertical"], 2, False) == 0
+    assert 0.44 < share(images["vertical"], 2, True) < 0.56
+
+
+# ----------------------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("size", [(40, 40), (96, 50), (150, 130), (7, 96)])
+def test_resize_equals_pillow(photograph, size):
+    expected = from_pil(to_pil(photograph).resize(size[::-1], Image.Resampling.BICUBIC))
+    found = resize(photograph, *size)
+    assert found.dtype == torch.uint8 and gap(found, expected) <= 2
+
+
+def test_cut_takes_the_window(photograph):
+    expected = to_pil(photograph).crop((20, 10, 80, 50)).resize((32, 32), 3)
+    assert gap(cut(photograph, (10, 20, 40, 60), 32), from_pil(expected)) <= 2
+
+
+@pytest.mark.parametrize("angle", [90.0, -90.0, 180.0])
+def test_quarter_turns(photograph, angle):
+    found = cut(photograph, (0, 0, 96, 96), 96, angle)
+    turns = [torch.rot90(photograph, k, (1, 2)) for k in ((2,) if angle == 180 else (1, -1))]
+    assert min(gap(found, turn) for turn in turns) <= 3
+    opposite = cut(photograph, (0, 0, 96, 96), 96, -angle)
+    assert angle == 180 or gap(found, opposite) > 3
+
+
+@pytest.mark.parametrize("angle", [12.0, 45.0])
+def test_turns_as_pillow_does(photograph, angle):
+    """About the middle; beyond the photograph it is black."""
+    found = cut(photograph, (0, 0, 96, 96), 96, angle).float()
+    turns = [to_pil(photograph).rotate(a, Image.Resampling.BILINEAR) for a in (angle, -angle)]
+    assert min((found - from_pil(t).float()).abs().mean().item() for t in turns) < 1.5
+    bright = torch.full((3, 80, 80), 200, dtype=torch.uint8)
+    turned = cut(bright, (0, 0, 80, 80), 80, angle)
+    assert (turned[:, 0, 0] == 0).all() and (turned[:, 30:50, 30:50] == 200).all()
+
+
+@pytest.mark.parametrize("window", [(60, 60, 80, 80), (60, 70, 80, 60), (70, 60, 60, 80)])
+def test_turned_window_inside_the_photograph_sees_no_border(window):
+    bright = torch.full((3, 200, 200), 200, dtype=torch.uint8)
+    angles = (10.0, 30.0, 45.0, -30.0)
+    darkest = {angle: int(cut(bright, window, 48, angle).min()) for angle in angles}
+    assert min(darkest.values()) >= 198, darkest
+
+
+# ------------------------------------------------------------------------------------------- colour
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 1, 0, 3), (1, 3, 0, 2)])
+@pytest.mark.parametrize("grey", [False, True])
+def test_colour_is_torchvisions_sequence(middle, order, grey):
+    units = np.array([0.35, -0.4, 0.6])
+    b, c, s = 1 + units * (0.4, 0.4, 0.2)
+    expected = middle.float() / 255
+    change = {0: ("brightness", b), 1: ("contrast", c), 2: ("saturation", s)}
+    for name, factor in [change[number] for number in order if number in change]:
+        expected = getattr(TF, f"adjust_{name}")(expected, factor)
+    if grey:
+        expected = TF.rgb_to_grayscale(expected, 3)
+    mean = middle.float().mean((1, 2)).numpy() / 255
+    color = draw_color(mean, 1.0, Fixed(True, grey, units, 0.0, order))
+    assert color.shape == (12,) and color.dtype == np.float32
+    assert gap(apply_color(middle[None], row(color), ZERO, ONE)[0], expected) < 2e-3
+
+
+def test_no_jitter_changes_nothing(middle):
+    mean = middle.float().mean((1, 2)).numpy() / 255
+    color = draw_color(mean, 1.0, Fixed(jitter=False, factors=(1, 1, 1), hue=0.1))
+    assert gap(apply_color(middle[None], row(color), ZERO, ONE)[0], middle / 255) < 1e-6
+
+
+@pytest.mark.parametrize("hue", [-0.1, 0.04, 0.1])
+def test_hue_keeps_luma_and_grey_and_turns_chroma(middle, hue):
+    color = draw_color(np.array([0.4, 0.4, 0.4]), 1.0, Fixed(hue=hue))
+    before = middle.float() / 255
+    after = apply_color(middle[None], row(color), ZERO, ONE)[0]
+    luma = torch.einsum("c,chw->hw", GREY, before)
+    assert gap(torch.einsum("c,chw->hw", GREY, after), luma) < 2e-3
+    grey = torch.full((1, 3, 4, 4), 120, dtype=torch.uint8)
+    assert gap(apply_color(grey, row(color), ZERO, ONE), grey / 255) < 2e-3
+    yiq = torch.tensor([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    old, new = (torch.view_as_complex((yiq @ v.flatten(1)).T.contiguous()) for v in (before, after))
+    kept = old.abs() > 0.03
+    turned = (new[kept] / old[kept]).angle()
+    assert gap(turned, torch.full_like(turned, 2 * math.pi * hue)) < 0.02
+    assert gap(new.abs(), old.abs()) < 2e-3
+
+
+def test_colour_of_each_crop_is_its_own(middle):
+    half = row([*np.eye(3).ravel() * 0.5, 0.1, 0.1, 0.1])
+    rows = torch.cat([row(), half, row(threshold=0.5), row(sigma=1.0)])
+    found = apply_color(middle.expand(4, 3, 20, 24), rows, ZERO, ONE)
+    image = middle.float() / 255
+    assert gap(found[0], image) < 1e-6 and gap(found[1], image * 0.5 + 0.1) < 1e-6
+    assert gap(found[2], torch.where(image >= 0.5, 1 - image, image)) < 1e-6
+    assert gap(found[3], gaussian_blur(image[None], torch.tensor([1.0]))[0]) < 1e-6
+
+
+def test_colours_stay_in_range_before_blur_and_normalisation():
+    image = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    found = apply_color(image, row([*np.eye(3).ravel() * 2, -0.5, -0.5, -0.5]), ZERO, ONE)
+    assert torch.equal(found, image.float() / 255)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_equals_torchvision_inside(photograph, sigma):
+    image = photograph.float() / 255
+    found = gaussian_blur(torch.stack([image.flip(1), image]), torch.tensor([1.3, sigma]))
+    expected = TF.gaussian_blur(image, [13, 13], [sigma, sigma])
+    assert gap(found[1, :, 6:-6, 6:-6], expected[:, 6:-6, 6:-6]) < 1e-5
+
+
+def test_blur_is_the_naive_convolution_with_edges_repeated():
+    image = np.random.default_rng(0).random((3, 9, 15))
+    offsets = np.arange(-6, 7)
+    kernel = np.exp(-(offsets**2) / (2 * 1.5**2))
+    kernel /= kernel.sum()
+    padded = np.pad(image, ((0, 0), (6, 6), (6, 6)), mode="edge")
+    rows = sum(w * padded[:, :, 6 + o : 6 + o + 15] for w, o in zip(kernel, offsets, strict=True))
+    expected = sum(w * rows[:, 6 + o : 6 + o + 9] for w, o in zip(kernel, offsets, strict=True))
+    found = gaussian_blur(torch.tensor(image[None], dtype=torch.float32), torch.tensor([1.5]))
+    assert gap(found[0], torch.tensor(expected)) < 1e-5
+
+
+def test_solarize_equals_pillow():
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16).contiguous()
+    expected = from_pil(ImageOps.solarize(to_pil(image)))
+    assert gap(apply_color(image[None], row(threshold=0.5), ZERO, ONE)[0] * 255, expected) < 0.01
+
+
+def test_normalisation_equals_torchvision(middle):
+    mean, std = [0.4, 0.3, 0.2], [0.3, 0.2, 0.1]
+    expected = TF.normalize(middle.float() / 255, mean, std)
+    found = apply_color(middle[None], row(), torch.tensor(mean), torch.tensor(std))
+    assert gap(found[0], expected) < 1e-5
+
+
+def test_probabilities_are_those_of_dino():
+    """Blur 1, 0.1, 0.5; solarize 0, 0.2, 0; grey 0.2; jitter 0.8, each within 4 deviations."""
+    photo, count = torch.randint(0, 255, (3, 12, 12)).byte(), 2500
+    crops = MultiCrop(8, 8, local_crops_number=1)
+    color = torch.stack([crops(photo, (key,))["color"] for key in range(count)]).double()
+    blurred, solarized = color[:, :, 12] > 0, color[:, :, 13] <= 1
+    matrix = color[:, :, :9].view(count, 3, 3, 3)
+    grey = (matrix - matrix[:, :, :1]).abs().amax((2, 3)) < 1e-5
+    plain = (matrix - torch.eye(3)).abs().amax((2, 3)) < 1e-6
+    pairs = (blurred, (1.0, 0.1, 0.5)), (solarized, (0.0, 0.2, 0.0)), (grey, (0.2,) * 3)
+    for found, expected in (*pairs, (plain, (0.16,) * 3)):
+        for view, p in enumerate(expected):
+            allowed = 4 * math.sqrt(p * (1 - p) / count)
+            assert abs(found[:, view].double().mean().item() - p) <= allowed
+    sigma = color[:, 0, 12]
+    assert ks_2samp(sigma.numpy(), np.linspace(0.1, 2.0, 5000)).pvalue > 1e-3
+    assert set(color[:, 1, 13].unique().tolist()) == {0.5, 2.0}
+
+
+def test_jitter_spreads_as_torchvisions(middle):
+    """Brightness and contrast of DINO's jitter and grey over many draws, two samples compared."""
+    count, rng = 1200, np.random.default_rng(0)
+    torch.manual_seed(0)
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+    theirs = T.Compose([jitter, T.RandomGrayscale(0.2), T.ToTensor()])
+    image = to_pil(middle)
+    expected = torch.stack([theirs(image) for _ in range(count)])
+    mean = middle.float().mean((1, 2)).numpy() / 255
+    rows = torch.cat([row(draw_color(mean, 1.0, rng)) for _ in range(count)])
+    found = apply_color(middle.expand(count, -1, -1, -1), rows, ZERO, ONE)
+    for measure in (lambda x: x.mean((1, 2)), lambda x: x.std((1, 2))):
+        pair = [measure(torch.einsum("c,bchw->bhw", GREY, x)).numpy() for x in (found, expected)]
+        changed = [v[abs(v - np.median(v)) > 2e-3] for v in pair]  # rounding moves the unchanged
+        assert ks_2samp(*changed).pvalue > 1e-3
+
+
+# ------------------------------------------------------------------------------------ other views
+
+
+def test_views_of_evaluation(photograph):
+    whole = augment.WholeView(48)(photograph, (0,))["image"]
+    assert gap(whole, from_pil(to_pil(photograph).resize((48, 48), 3))) <= 2
+    paper = T.Compose([T.Resize(256, T.InterpolationMode.BICUBIC), T.CenterCrop(224)])
+    found = augment.PaperView()(photograph, (0,))["image"]
+    assert found.shape == (3, 224, 224) and gap(found, from_pil(paper(to_pil(photograph)))) <= 2
+    probe = augment.ProbeView()
+    first = probe(photograph, (1, 2))["image"]
+    assert first.shape == (3, 224, 224) and torch.equal(first, probe(photograph, (1, 2))["image"])
+    assert not torch.equal(first, probe(photograph, (1, 3))["image"])
+
+
+def test_contact_sheet_lays_a_photograph_a_row():
+    keep = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 2])
+    items = [
+        {
+            "global": torch.full((2, 3, 8, 8), value, dtype=torch.uint8),
+            "local": torch.full((1, 3, 4, 4), value + 50, dtype=torch.uint8),
+            "color": keep.expand(3, -1),
+        }
+        for value in (51, 102)
+    ]
+    sheet = augment.contact_sheet(items)
+    assert sheet.shape == (16, 24, 3) and sheet.dtype == np.uint8
+    assert sheet[0, ::8, 0].tolist() == [51, 51, 101] and sheet[8, ::8, 0].tolist() == [
+        102,
+        102,
+        152,
+    ]
+    assert sheet[4, 16, 0] == 0  # local crops are padded

@@ -1,0 +1,297 @@
+"""Order of training, batches and sets. Run with `python -m pytest tests/test_data.py`."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIDE
+from PIL import Image, ImageFilter
+
+import data
+from augment import MultiCrop, WholeView
+from data import PhotographDataset, StepSampler, training_loader
+from layouts import Manifest, Record, read_manifest
+from runs import Processes
+from utils import InputError, sha256_of
+
+CPU = torch.device("cpu")
+CROPS = MultiCrop(global_crop_size=32, local_crop_size=16, local_crops_number=2)
+
+
+def steps(images, batch, accumulate, world, start, stop, seed=0):
+    """What each step takes over all processes and micro-batches: {step: sorted keys}."""
+    taken = {step: [] for step in range(start, stop)}
+    for rank in range(world):
+        sampler = StepSampler(images, batch, accumulate, Processes(CPU, rank, world), seed)
+        sampler.set_range(start, stop)
+        micros = list(sampler)
+        assert len(micros) == len(sampler) == (stop - start) * accumulate
+        assert all(len(micro) == batch for micro in micros)
+        for number, micro in enumerate(micros):
+            taken[start + number // accumulate] += micro
+    return {step: sorted(keys) for step, keys in taken.items()}
+
+
+# -------------------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "world"), [(4, 1, 2), (2, 1, 4), (2, 4, 1), (1, 2, 4)]
+)
+def test_global_batch_is_the_same_however_it_is_spread(batch, accumulate, world):
+    assert steps(45, batch, accumulate, world, 3, 14) == steps(45, 8, 1, 1, 3, 14)
+
+
+def test_an_epoch_takes_every_image_at_most_once():
+    sampler = StepSampler(45, 8)
+    assert (sampler.steps_per_epoch, sampler.global_batch) == (5, 8)
+    orders = []
+    for epoch in range(6):
+        taken = steps(45, 8, 1, 1, 5 * epoch, 5 * epoch + 5)
+        keys = [key for step in sorted(taken) for key in taken[step]]
+        assert {key[0] for key in keys} == {epoch}
+        indices = [key[1] for key in keys]
+        assert len(set(indices)) == 40 and set(indices) <= set(range(45))
+        orders.append(tuple(indices))
+    assert len(set(orders)) == 6
+    left_out = [set(range(45)) - set(order) for order in orders]
+    assert set.intersection(*left_out) == set()  # not always the same ones
+
+
+def test_whole_epoch_is_a_permutation_by_seed():
+    first = StepSampler(40, 8, seed=1)
+    first.set_range(0, 5)
+    order = [key for micro in first for key in micro]
+    assert sorted(order) == [(0, index) for index in range(40)] and order != sorted(order)
+    assert all(type(index) is int for _, index in order)
+    other = StepSampler(40, 8, seed=2)
+    other.set_range(0, 5)
+    assert order != [key for micro in other for key in micro]
+
+
+def test_resumes_by_arithmetic():
+    whole = steps(45, 4, 2, 2, 0, 12)
+    for start in (1, 2, 5, 11):
+        rest = steps(45, 4, 2, 2, start, 12)
+        assert rest == {step: whole[step] for step in range(start, 12)}
+
+
+def test_batch_larger_than_the_set():
+    assert StepSampler(8, 2, 2, Processes(CPU, 0, 2)).steps_per_epoch == 1
+    with pytest.raises(InputError, match="16.*8"):
+        StepSampler(8, 2, 2, Processes(CPU, 0, 4))
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def batches_of(dataset, workers, start=0, stop=4):
+    sampler = StepSampler(len(dataset), 4, 2)
+    sampler.set_range(start, stop)
+    return list(training_loader(dataset, sampler, workers, CPU))
+
+
+def train_set(folder, seed=0, view=CROPS):
+    manifest = read_manifest(folder)
+    return PhotographDataset(manifest, manifest.split("train"), view, seed)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_views_are_keyed_by_seed_epoch_and_index(prepared):
+    dataset = train_set(prepared, seed=5)
+    item = dataset[(3, 7)]
+    assert item["index"] == 7
+    picture = np.asarray(Image.open(prepared / dataset.records[7].path))
+    expected = CROPS(torch.from_numpy(picture.copy()).permute(2, 0, 1), (5, 3, 7))
+    assert all(torch.equal(item[name], expected[name]) for name in expected)
+    dataset[(0, 0)], torch.rand(3), np.random.random(3)
+    assert equal(dataset[(3, 7)], item)
+    assert equal(dataset[7], dataset[(0, 7)])
+    for other in (dataset[(2, 7)], train_set(prepared, seed=6)[(3, 7)]):
+        assert not torch.equal(other["global"], item["global"])
+
+
+def test_raw_photographs_are_brought_in_prepared_ones_as_they_are(prepared):
+    manifest = read_manifest(prepared)
+    assert manifest.prepared
+    record, view = manifest.records[:1], WholeView(SIDE)
+    picture = np.asarray(Image.open(prepared / record[0].path))
+    whole = PhotographDataset(manifest, list(record), view)[0]["image"]
+    assert np.array_equal(whole.permute(1, 2, 0).numpy(), picture)
+    raw = replace(manifest, prepared=False)
+    expected = torch.from_numpy(data.load_photograph(prepared / record[0].path, data.RAW_SIZE))
+    found = PhotographDataset(raw, list(record), lambda photograph, key: {"image": photograph})[0]
+    assert torch.equal(found["image"].permute(1, 2, 0), expected)
+
+
+def test_workers_change_nothing(prepared):
+    dataset = train_set(prepared)
+    expected = batches_of(dataset, 0)
+    assert len(expected) == 8 and expected[0]["global"].shape == (4, 2, 3, 32, 32)
+    for workers in (1, 3):
+        found = batches_of(dataset, workers)
+        assert len(found) == 8 and all(map(equal, found, expected))
+    resumed = batches_of(dataset, 1, start=2)
+    assert len(resumed) == 4 and all(map(equal, resumed, expected[4:]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_photograph_is_one_message(prepared, tmp_path, workers):
+    folder = tmp_path / "broken"
+    shutil.copytree(prepared, folder)
+    dataset = train_set(folder)
+    path = folder / dataset.records[11].path
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError) as caught:
+        batches_of(dataset, workers, stop=5)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "Traceback" not in message and "\n" not in message
+
+
+# --------------------------------------------------------------------------------------------- sets
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return data.open_manifest("synthetic:12")
+
+
+def test_synthetic_is_a_prepared_folder_with_masks(drawn, own_home):
+    assert drawn.prepared and len(drawn.records) == 12
+    assert drawn.root.is_relative_to(own_home / "cache")
+    splits = {name: {r.patient for r in drawn.split(name)} for name in ("train", "val", "test")}
+    assert all(splits.values()) and sum(map(len, splits.values())) == 6
+    assert not splits["train"] & splits["test"] and not splits["train"] & splits["val"]
+    masks = list((drawn.root / "masks").iterdir())
+    for record in drawn.records:
+        with Image.open(drawn.root / record.path) as picture:
+            assert picture.size == (data.SYNTHETIC_SIZE,) * 2
+        stem = record.path.removeprefix("images/").removesuffix(".jpg")
+        own = [m for m in masks if m.name.startswith(stem + "_")]
+        assert bool(own) == (record.grade > 0)
+    values = {value for m in masks for value in np.unique(np.asarray(Image.open(m))).tolist()}
+    assert {0, 255} <= values
+
+
+def test_synthetic_is_drawn_once(drawn, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(data, "draw_folder", refuse)
+    again = data.open_manifest("synthetic:12")
+    assert again.records == drawn.records and again.fingerprint == drawn.fingerprint
+
+
+def test_masks_lie_on_lesions(drawn):
+    """Blood swallows green: it is darker inside the masks than around them."""
+    darker = []
+    for path in (drawn.root / "masks").glob("*t_haemorrhage.png"):
+        mask = Image.open(path)
+        ring = np.asarray(mask.filter(ImageFilter.MaxFilter(15))) > np.asarray(mask)
+        name = path.name.replace("_haemorrhage.png", ".jpg")
+        green = np.asarray(Image.open(drawn.root / "images" / name))[..., 1].astype(float)
+        darker.append(green[np.asarray(mask) > 127].mean() < green[ring].mean())
+    assert len(darker) >= 2 and np.mean(darker) > 0.5
+
+
+@pytest.mark.parametrize("name", ["synthetic:5", "synthetic:x", "synthetic:-20", "synth", ""])
+def test_bad_names_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "synthetic_manifest", lambda count: pytest.fail(f"drew {count}"))
+    with pytest.raises(InputError):
+        data.open_manifest(name)
+
+
+def test_folder_that_is_not_there():
+    with pytest.raises(InputError, match="nowhere"):
+        data.open_manifest("nowhere")
+
+
+def test_graded_counts(prepared, caplog):
+    manifest = read_manifest(prepared)
+    records = manifest.split("train")
+    assert data.graded(manifest, records, "train") == records
+    some = [replace(r, grade=None) if i % 4 == 0 else r for i, r in enumerate(records)]
+    with caplog.at_level("INFO", logger="ssrl"):
+        kept = data.graded(manifest, some, "train")
+    assert len(kept) == 30 and all(r.grade is not None for r in kept) and "10" in caplog.text
+    with pytest.raises(InputError, match="manifest.csv.*val"):
+        data.graded(manifest, [replace(r, grade=None) for r in records], "val")
+
+
+def test_describe_counts(prepared):
+    manifest = read_manifest(prepared)
+    told = data.describe(manifest, manifest, manifest.split("test"))
+    assert told["path"] == prepared.name and told["fingerprint"] == manifest.fingerprint
+    expected = {"images": 40, "patients": 20, "by_grade": [8] * 5}
+    assert told["train"] == expected
+    assert told["test"] == told["val"] == {"images": 10, "patients": 5, "by_grade": [2] * 5}
+
+
+def copy_set(folder, source, keep, tint=0):
+    """A prepared folder of some records; `tint` changes the files."""
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for record in keep:
+        picture = np.asarray(Image.open(source / record.path)) ^ np.uint8(tint)
+        target = folder / record.path
+        if tint:
+            Image.fromarray(picture).save(target)
+            record = replace(record, sha256=sha256_of(target))
+        else:
+            shutil.copy(source / record.path, target)
+        records.append(record)
+    data.write_manifest(folder, records)
+    return folder
+
+
+def test_other_set_is_tested_on_whole(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    other = copy_set(tmp_path / "other", prepared, manifest.records[:6], tint=1)
+    sets = data.test_sets(manifest, [str(other)])
+    assert list(sets) == ["", "other"]
+    assert sets[""][1] == manifest.split("test")
+    assert len(sets["other"][1]) == 6 and sets["other"][0].root == other
+
+
+def test_sets_that_share_files_with_training_are_refused(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    tested = copy_set(tmp_path / "tested", prepared, manifest.split("test"))
+    assert len(data.test_sets(manifest, [str(tested)])["tested"][1]) == 10
+    mixed = copy_set(tmp_path / "mixed", prepared, manifest.records[39:])
+    with pytest.raises(InputError, match="mixed: 11 photographs"):
+        data.test_sets(manifest, [str(mixed)])
+
+
+def test_shared_files_are_seen_where_the_manifest_has_no_checksums(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    bare = replace(manifest, records=tuple(replace(r, sha256="") for r in manifest.records))
+    mixed = copy_set(tmp_path / "mixed", prepared, [replace(r, sha256="") for r in bare.records])
+    with pytest.raises(InputError, match="mixed"):
+        data.test_sets(bare, [str(mixed)])
+
+
+def test_drawn_sets_that_overlap_are_refused(drawn):
+    with pytest.raises(InputError, match="synthetic:12"):
+        data.test_sets(drawn, ["synthetic:12"])
+
+
+def test_sets_of_one_name_do_not_replace_each_other(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    paths = [
+        copy_set(tmp_path / name / "set", prepared, manifest.records[:count], tint=count)
+        for name, count in (("a", 1), ("b", 2))
+    ]
+    found = data.test_sets(manifest, [str(path) for path in paths])
+    assert sorted(len(records) for _, records in found.values()) == [1, 2, 10]
+
+
+def test_empty_manifest_has_no_grades(tmp_path):
+    record = Record("a.jpg", None, "p", "", "train")
+    with pytest.raises(InputError, match="no graded photograph for test"):
+        data.test_sets(Manifest(tmp_path, (record,), True, "prepared"), [])

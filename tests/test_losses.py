@@ -1,0 +1,270 @@
+"""losses.py against naive double loops in float64, numbers worked by hand, and two processes.
+
+Run it with `python -m pytest tests/test_losses.py`.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from losses import (
+    batch_mean,
+    centered_probs,
+    collapse,
+    distillation_loss,
+    entropy,
+    sinkhorn_probs,
+    spread,
+    update_center,
+)
+
+TEACHERS = 2
+HEALTHY = {
+    "loss": 6.0,
+    "teacher_entropy": 0.6,
+    "marginal_entropy": 0.9,
+    "embedding_std": 0.7,
+    "rankme": 20.0,
+}
+
+
+def random_logits(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_loss(student, teacher_probs, temp):
+    """Go through views, images and prototypes one by one, in float64."""
+    student, teacher_probs = student.double(), teacher_probs.double()
+    total, pairs = 0.0, 0
+    for i, teacher in enumerate(teacher_probs):
+        for j, view in enumerate(student):
+            if i == j:
+                continue
+            pairs += 1
+            for target, logits in zip(teacher, view, strict=True):
+                scaled = logits / temp
+                shifted = scaled - scaled.max()
+                log_probs = shifted - shifted.exp().sum().log()
+                total = total - (target * log_probs).sum() / len(teacher)
+    return total / pairs
+
+
+def naive_sinkhorn(logits, temp, iterations):
+    """Normalise columns and rows in turn, in float64, with loops over both."""
+    q = (logits.double().flatten(0, 1) / temp).exp()
+    samples, prototypes = q.shape
+    for _ in range(iterations):
+        for k in range(prototypes):
+            q[:, k] /= q[:, k].sum() * prototypes
+        for n in range(samples):
+            q[n] /= q[n].sum() * samples
+    return (q * samples).view(logits.shape)
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("local", [0, 1, 6])
+@pytest.mark.parametrize("student_temp, teacher_temp", [(0.1, 0.04), (0.1, 0.07), (1.0, 1.0)])
+def test_loss_is_the_naive_double_loop(batch, local, student_temp, teacher_temp):
+    student = random_logits(TEACHERS + local, batch, 65, seed=batch)
+    teacher = random_logits(TEACHERS, batch, 65, seed=local + 100)
+    targets = torch.softmax(teacher / teacher_temp, dim=-1)
+    student.requires_grad_()
+    loss = distillation_loss(student, targets, student_temp)
+    (slope,) = torch.autograd.grad(loss, student)
+    reference = student.detach().double().requires_grad_()
+    expected = naive_loss(reference, targets, student_temp)
+    (expected_slope,) = torch.autograd.grad(expected, reference)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    largest = expected_slope.abs().max()
+    assert (slope - expected_slope).abs().max() < 1e-6 * largest
+
+
+def test_loss_leaves_a_view_and_itself_out():
+    # Teacher and student agree on each view, and the two views are of different prototypes.
+    student = torch.tensor([[[4.0, 0.0]], [[0.0, 4.0]]])
+    targets = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    assert distillation_loss(student, targets, 1.0).item() == pytest.approx(
+        4 + math.log1p(math.exp(-4))
+    )
+
+
+def test_loss_counts_each_of_the_pairs_once():
+    # Uniform students: each pair gives ln K, whatever the targets, so their mean is ln K.
+    targets = torch.softmax(random_logits(2, 4, 10), dim=-1)
+    for views in (2, 3, 8):
+        loss = distillation_loss(torch.zeros(views, 4, 10), targets, 0.1)
+        assert loss.item() == pytest.approx(math.log(10), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_is_computed_in_fp32(dtype):
+    student = random_logits(4, 8, 64).to(dtype)
+    targets = torch.softmax(random_logits(2, 8, 64, seed=1), dim=-1)
+    loss = distillation_loss(student, targets, 0.1)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(naive_loss(student, targets, 0.1).item(), rel=1e-6)
+
+
+def test_loss_of_far_apart_logits_is_finite():
+    student = torch.tensor([[[1e4, -1e4]], [[-1e4, 1e4]]], requires_grad=True)
+    targets = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    loss = distillation_loss(student, targets, 0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(2e5) and student.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------- centring
+
+
+def test_centered_probs_by_hand():
+    logits, center = torch.tensor([[[1.0, 3.0, 2.0]]]), torch.tensor([0.5, 1.5, 2.5])
+    # (t - c) / 0.5 = 1, 3, -1
+    weights = [math.exp(1), math.exp(3), math.exp(-1)]
+    expected = [w / sum(weights) for w in weights]
+    assert centered_probs(logits, center, 0.5)[0, 0].tolist() == pytest.approx(expected, rel=1e-6)
+    half = centered_probs(logits.half(), center, 0.5)
+    assert half.dtype == torch.float32
+
+
+def test_center_follows_the_batch_mean_by_hand():
+    # Two views of two images, two prototypes: means are (1 + 3 + 5 + 7) / 4 and (2 + 2 + 2 - 2) / 4
+    logits = torch.tensor([[[1.0, 2.0], [3.0, 2.0]], [[5.0, 2.0], [7.0, -2.0]]])
+    mean = batch_mean(logits)
+    assert mean.tolist() == [4.0, 1.0]
+    center = torch.tensor([10.0, 0.0])
+    same = center
+    update_center(center, mean, momentum=0.9)
+    assert center.tolist() == pytest.approx([9.4, 0.1])
+    update_center(center, mean)  # 0.9 is the default
+    assert center.tolist() == pytest.approx([8.86, 0.19])
+    assert same is center, "the centre moves in place"
+
+
+# ---------------------------------------------------------------------------------------- Sinkhorn
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+@pytest.mark.parametrize("batch, prototypes", [(1, 5), (4, 16), (8, 3)])
+@pytest.mark.parametrize("temp", [0.07, 1.0])
+def test_sinkhorn_is_the_naive_loop(iterations, batch, prototypes, temp):
+    logits = random_logits(2, batch, prototypes, seed=iterations)
+    found = sinkhorn_probs(logits, temp, iterations)
+    expected = naive_sinkhorn(logits, temp, iterations)
+    assert found.dtype == torch.float32 and found.shape == logits.shape
+    torch.testing.assert_close(found.double(), expected, rtol=5e-5, atol=1e-7)
+
+
+def test_sinkhorn_takes_three_iterations_unless_told():
+    logits = random_logits(2, 6, 9)
+    assert torch.equal(sinkhorn_probs(logits, 0.05), sinkhorn_probs(logits, 0.05, 3))
+    assert not torch.allclose(sinkhorn_probs(logits, 0.05), sinkhorn_probs(logits, 0.05, 2))
+
+
+@pytest.mark.parametrize("temp", [1e-4, 1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_sinkhorn_rows_sum_to_one_at_any_temperature(temp, scale):
+    targets = sinkhorn_probs(random_logits(2, 16, 32, scale=scale), temp)
+    assert targets.isfinite().all() and (targets >= 0).all()
+    assert (targets.sum(dim=-1) - 1).abs().max() < 1e-5
+
+
+def test_sinkhorn_uses_prototypes_nearly_equally():
+    logits = random_logits(2, 64, 8, scale=0.1)
+    logits[..., 0] += 2  # softmax would give everything to the first prototype
+    use = sinkhorn_probs(logits, 0.1).mean(dim=(0, 1))
+    assert torch.softmax(logits / 0.1, dim=-1).mean(dim=(0, 1))[0] > 0.99
+    assert (use - 1 / 8).abs().max() < 0.02 / 8
+
+
+# ------------------------------------------------------------------------------- what is watched
+
+
+def test_entropy_by_hand():
+    probs = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.5, 0.25, 0.25, 0]])
+    expected = [2 * math.log(2), 0.0, math.log(2), 1.5 * math.log(2)]
+    assert entropy(probs).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_spread_by_hand():
+    uniform, one, own = torch.full((2, 2, 4), 0.25), torch.zeros(2, 2, 4), torch.eye(4)
+    one[..., 2] = 1
+    assert spread(uniform) == pytest.approx({"teacher_entropy": 1.0, "marginal_entropy": 1.0})
+    assert spread(one) == {"teacher_entropy": 0.0, "marginal_entropy": 0.0}
+    found = spread(own.view(2, 2, 4))  # each sample its own prototype
+    assert found == pytest.approx({"teacher_entropy": 0.0, "marginal_entropy": 1.0})
+    half = torch.tensor([[[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]])  # mean 3/4 and 1/4
+    marginal = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4)
+    expected = {"teacher_entropy": 0.25, "marginal_entropy": marginal}
+    assert spread(half) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changed, word",
+    [
+        ({"teacher_entropy": 0.999, "marginal_entropy": 1.0, "loss": math.log(1024)}, "uniform"),
+        ({"teacher_entropy": 0.01, "marginal_entropy": 0.01, "loss": 0.0}, "one prototype"),
+        ({"embedding_std": 0.001}, "low rank"),
+        ({"rankme": 1.2}, "low rank"),
+    ],
+)
+def test_collapse_is_named_with_a_remedy(changed, word):
+    message = collapse(HEALTHY | changed, 1024)
+    assert message.startswith(word)
+    assert "--" in message, "what to change is named"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"teacher_entropy": 0.999, "loss": math.log(1024) - 0.5},  # flat targets, but learning
+        {"teacher_entropy": 0.9, "loss": math.log(1024)},  # the first steps
+        {"teacher_entropy": 0.02, "loss": 1.0},  # sharp targets, each image its own
+        {"rankme": 3.0, "embedding_std": 0.2},
+    ],
+)
+def test_collapse_stays_quiet_on_healthy_values(changed):
+    assert collapse(HEALTHY | changed, 1024) == ""
+
+
+def test_collapse_of_measured_targets():
+    flat = spread(torch.full((2, 8, 1024), 1 / 1024))
+    assert collapse(HEALTHY | flat | {"loss": math.log(1024)}, 1024).startswith("uniform")
+    same = torch.softmax(torch.eye(1024)[7] * 100, dim=0).expand(2, 8, 1024)
+    assert collapse(HEALTHY | spread(same), 1024).startswith("one prototype")
+
+
+# ----------------------------------------------------------------------------------- two processes
+
+
+def shard_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    logits = torch.load(f"{folder}/logits.pt")[:, 4 * rank : 4 * rank + 4]
+    found = {"mean": batch_mean(logits), "sharp": sinkhorn_probs(logits, 0.05)}
+    found["soft"] = sinkhorn_probs(logits, 1.0)
+    torch.save(found, f"{folder}/found{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_do_as_one_on_the_whole_batch(tmp_path: Path):
+    logits = random_logits(2, 8, 16)
+    logits[:, 4:] += 1.5  # the processes see different photographs
+    torch.save(logits, tmp_path / "logits.pt")
+    torch.multiprocessing.spawn(shard_worker, (str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"found{rank}.pt") for rank in range(2)]
+    for part in parts:
+        torch.testing.assert_close(part["mean"], batch_mean(logits), rtol=1e-6, atol=1e-6)
+    for name, temp in (("sharp", 0.05), ("soft", 1.0)):
+        joined = torch.cat([part[name] for part in parts], dim=1)
+        torch.testing.assert_close(joined, sinkhorn_probs(logits, temp), rtol=1e-5, atol=1e-7)
+        alone = torch.cat([sinkhorn_probs(half, temp) for half in logits.split(4, dim=1)], dim=1)
+        assert not torch.allclose(joined, alone, atol=1e-3), "each shard alone gives other targets"

@@ -1,0 +1,343 @@
+"""Checkpoints, run folders, devices, progress. Run with `python -m pytest tests/test_runs.py`."""
+
+import argparse
+import io
+import json
+import pickle
+import random
+import signal
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_values
+
+import runs
+import SSRL
+import utils
+from runs import Processes, RunFolder, load_torch, save_torch
+from utils import InputError
+
+ONE = Processes(torch.device("cpu"))
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "versions", dict)
+    return SSRL.Options(**tiny_values("photographs"))
+
+
+def stop_in(o, data="d1", step=3):
+    """Leave a run folder as a stopped run does."""
+    folder = RunFolder.of(o, None, "x")
+    assert folder.open(o, data, SSRL.RESUMABLE, ONE) is None
+    content = {"step": step, "options": folder.options, "data": folder.data}
+    save_torch(content, folder.path / "checkpoint.pth")
+    return folder.path
+
+
+def reopen(o, data="d1"):
+    return RunFolder.of(o, None, "x").open(o, data, SSRL.RESUMABLE, ONE)
+
+
+# --------------------------------------------------------------------------- what may be continued
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"workers": 3},
+        {"device": "auto"},
+        {"log_every": 7},
+        {"save_minutes": 1.0},
+        {"keep_every": 5},
+        {"knn_every": 5},
+        {"epochs": 3},
+        {"epochs": 3, "workers": 3, "debug": True},
+    ],
+    ids=str,
+)
+def test_resumes(options, changed):
+    folder = stop_in(options)
+    (folder / "kept").touch()
+    assert reopen(replace(options, **changed))["step"] == 3
+    assert (folder / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"lr": 0.1}, ["lr: 0.0005 -> 0.1"]),
+        ({"epochs": 1}, ["epochs: 2 -> 1"]),
+        ({"epochs": 3, "batch_size": 4}, ["batch_size: 8 -> 4"]),
+        ({"global_crops_scale": (0.5, 1.0)}, ["global_crops_scale"]),
+        ({"seed": 1, "arch": "vit_nano"}, ["seed: 0 -> 1", "arch: vit_pico -> vit_nano"]),
+        ({"resume": "never"}, ["never"]),
+        ({"data": "other"}, ["data: photographs -> other"]),
+    ],
+    ids=str,
+)
+def test_other_options_are_refused_and_listed(options, changed, told):
+    folder = stop_in(options)
+    with pytest.raises(InputError) as caught:
+        reopen(replace(options, **changed))
+    message = str(caught.value)
+    assert not [words for words in [*told, "run", "--overwrite"] if words not in message], message
+    assert load_torch(folder / "checkpoint.pth")["step"] == 3
+
+
+def test_other_photographs_are_refused(options):
+    stop_in(options, data="d1")
+    with pytest.raises(InputError, match="data: "):
+        reopen(options, data="d2")
+
+
+def test_overwrite_starts_anew(options):
+    folder = stop_in(options)
+    (folder / "old.png").touch()
+    assert reopen(replace(options, overwrite=True, lr=0.1), data="d2") is None
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "log.jsonl"]
+
+
+def test_overwrite_spares_a_folder_that_is_no_run(options):
+    precious = Path("run/thesis.txt")
+    precious.parent.mkdir()
+    precious.write_text("three years")
+    with pytest.raises(InputError, match="run"):
+        reopen(replace(options, overwrite=True))
+    assert precious.read_text() == "three years"
+
+
+def test_fresh_folder_says_how_it_came_about(options):
+    folder = stop_in(options, data="fingerprint")
+    first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    assert first["data"] == "fingerprint" and {"command", "versions"} <= first.keys()
+    assert utils.parse(SSRL.Options, ["--config", str(folder / "config.yaml")])[0] == replace(
+        options, output_dir=""
+    )
+
+
+def test_config_tells_the_epochs_that_a_resumed_run_has(options):
+    folder = stop_in(options)
+    reopen(replace(options, epochs=5))
+    again = utils.parse(SSRL.Options, ["--config", str(folder / "config.yaml")])[0]
+    assert again.epochs == 5
+
+
+def test_names_of_folders(options, tmp_path):
+    o = replace(options, output_dir="")
+    assert RunFolder.of(replace(o, output_dir="a/b"), None, "x").path == Path("a/b")
+    assert RunFolder.of(o, None, "eyepacs").path == Path("runs/eyepacs")
+    assert RunFolder.of(o, Path("configs/demo.yaml"), "x").path == Path("runs/demo")
+    config = tmp_path / "runs" / "first" / "config.yaml"
+    config.parent.mkdir(parents=True)
+    assert RunFolder.of(o, Path("runs/first/config.yaml"), "x").path == Path("runs/first-2")
+    Path("runs/first-2").mkdir()
+    assert RunFolder.of(o, config, "x").path == Path("runs/first-3")
+
+
+# --------------------------------------------------------------------------------- files of weights
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("ran.txt"),)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"teacher": {"w": torch.ones(2)}, "args": Evil()}, "new.pth")
+    torch.save({"args": Evil()}, "old.pth", _use_new_zipfile_serialization=False)
+    Path("plain.pth").write_bytes(pickle.dumps(Evil()))
+    for name in ("new.pth", "old.pth", "plain.pth"):
+        with pytest.raises(InputError, match=name):
+            load_torch(Path(name))
+    assert not Path("ran.txt").exists()
+    torch.load("new.pth", weights_only=False)
+    assert Path("ran.txt").exists()  # it would have
+
+
+def test_files_of_dino_load(tmp_path):
+    arguments = argparse.Namespace(arch="vit_small", lr=5e-4, scale=(0.4, 1.0), clip=None)
+    content = {
+        "student": {"module.w": torch.arange(3.0)},
+        "args": arguments,
+        "epoch": 3,
+        "loss": np.float64(1.5),
+        "accuracy": np.float32(0.5),
+        "count": np.int64(4),
+    }
+    path = tmp_path / "dino.pth"
+    torch.save(content, path)
+    older = tmp_path / "older.pth"  # as numpy 1 names its scalars
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(older, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"numpy._core.", b"numpy.core."))
+    torch.save(content, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    for file in (path, older, tmp_path / "legacy.pth"):
+        loaded = load_torch(file)
+        assert loaded["args"] == arguments and loaded["epoch"] == 3
+        assert (loaded["loss"], loaded["accuracy"], loaded["count"]) == (1.5, 0.5, 4)
+        torch.testing.assert_close(loaded["student"]["module.w"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 600, -1])
+def test_cut_off_files_are_named(tmp_path, kept):
+    path = tmp_path / "cut.pth"
+    torch.save({"w": torch.arange(200.0)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match="cut.pth"):
+        load_torch(path)
+
+
+@pytest.mark.parametrize("text", ["<!DOCTYPE html>", "version https://git-lfs.github.com/spec/v1"])
+def test_what_is_no_weights_is_not_called_dangerous(tmp_path, text):
+    path = tmp_path / "page.pth"
+    path.write_text(text)
+    with pytest.raises(InputError, match="page.pth") as caught:
+        load_torch(path)
+    assert "run its code" not in str(caught.value)
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(InputError, match=path.name):
+            load_torch(path)
+
+
+def test_flipped_bits_are_found(tmp_path):
+    path, rng = tmp_path / "flipped.pth", random.Random(0)
+    tensor = torch.arange(50.0)
+    torch.save({"w": tensor, "step": 3}, path)
+    good = path.read_bytes()
+    refused = 0
+    for _ in range(400):
+        data = bytearray(good)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            loaded = load_torch(path)
+        except InputError as error:
+            assert "flipped.pth" in str(error)
+            refused += 1
+        else:  # a bit that means nothing
+            assert loaded["step"] == 3 and torch.equal(loaded["w"], tensor)
+    assert refused > 50
+
+
+def test_failing_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    save_torch({"step": 1}, path)
+
+    def full(state, target):
+        Path(target).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        save_torch({"step": 2}, path)
+    assert load_torch(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+# ----------------------------------------------------------------------------- device and precision
+
+
+def test_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert runs.pick_device("auto") == runs.pick_device("cpu") == torch.device("cpu")
+    for name in ("cuda", "mps"):
+        with pytest.raises(InputError, match=f"--device {name}"):
+            runs.pick_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert runs.pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runs.pick_device("auto", 2) == runs.pick_device("cuda", 2) == torch.device("cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("lists", "survives", "precision", "expected"),
+    [
+        (True, True, "auto", torch.bfloat16),
+        (False, True, "auto", None),
+        (True, False, "auto", None),
+        (True, True, "fp32", None),
+        (False, True, "bf16", torch.bfloat16),
+        (True, False, "bf16", InputError),
+        (True, True, "fp16", InputError),
+    ],
+)
+def test_precision_on_a_cpu(monkeypatch, lists, survives, precision, expected):
+    monkeypatch.setattr(runs, "_has_bf16", lambda: lists)
+    monkeypatch.setattr(runs, "_survives_bf16", lambda: survives)
+    if expected is InputError:
+        with pytest.raises(InputError, match=f"--precision {precision}"):
+            runs.autocast_dtype(precision, torch.device("cpu"))
+    else:
+        assert runs.autocast_dtype(precision, torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "expected"),
+    [
+        ((7, 5), "auto", None),
+        ((8, 0), "auto", torch.bfloat16),
+        ((9, 0), "auto", torch.bfloat16),
+        ((7, 0), "fp16", torch.float16),
+        ((9, 0), "fp32", None),
+    ],
+)
+def test_precision_on_cuda(monkeypatch, capability, precision, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert runs.autocast_dtype(precision, torch.device("cuda", 0)) is expected
+
+
+# ----------------------------------------------------------------------------- progress and signals
+
+
+def test_progress_writes_json_lines(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    progress = runs.Progress(RunFolder(tmp_path), 2, 6, 8, main=True)
+    for step, loss in ((3, 4.0), (4, 2.0), (5, 7.0)):
+        measured = {"step": step, "loss": torch.tensor(loss), "lr": 0.1, "waited": 0.0}
+        spread = {"teacher_entropy": 0.5, "marginal_entropy": 0.6}
+        progress.update(measured | (spread if step == 4 else {}), step / 2)
+    progress.record({"rankme": 3.5})
+    progress.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 5]
+    assert lines[0]["loss"] == 3.0 and lines[0]["epoch"] == 2.0 and lines[0]["lr"] == 0.1
+    assert lines[0]["images_per_s"] > 0 and lines[0]["data_wait"] == 0
+    assert lines[1] == {"step": 5, "rankme": 3.5}
+
+
+def test_only_the_main_process_writes(tmp_path):
+    progress = runs.Progress(RunFolder(tmp_path), 0, 6, 8, main=False)
+    progress.record({"rankme": 3.5})
+    progress.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_stop_signal_is_noted_and_the_second_ends(handlers):
+    stop = runs.StopSignal(ONE)
+    assert not stop.agreed()
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.agreed()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+
+
+def test_versions_tell_the_libraries():
+    began = time.monotonic()
+    told = runs.versions()
+    assert told["torch"] == torch.__version__.split("+")[0] or told["torch"] == torch.__version__
+    assert {"python", "timm", "numpy", "device", "commit"} <= told.keys()
+    assert time.monotonic() - began < 30
+    json.dump(told, io.StringIO())

@@ -1,0 +1,218 @@
+"""Student, teacher and one step of training, held against formulas written out one by one.
+
+Run with `python -m pytest tests/test_ssrl.py`; whole runs are in test_ssrl_runs.py.
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+import SSRL
+from augment import MultiCrop, apply_color
+from data import PhotographDataset, StepSampler, open_manifest
+from runs import Processes, RunFolder
+from utils import Diverged
+
+ONE = Processes(torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("handlers")
+
+
+def build(o):
+    """State, run and the dataset, without training."""
+    manifest = open_manifest(o.data)
+    records = manifest.split("train")
+    sampler = StepSampler(len(records), o.batch_size, o.accumulate, ONE, o.seed)
+    state, run = SSRL.build_run(o, ONE, RunFolder(Path("run")), sampler)
+    crops = MultiCrop(
+        o.global_crop_size, o.local_crop_size, local_crops_number=o.local_crops_number
+    )
+    return state, run, PhotographDataset(manifest, records, crops, o.seed)
+
+
+def collate(dataset, indices):
+    return default_collate([dataset[(0, index)] for index in indices])
+
+
+def copy_of(state):
+    return {k: v.clone() for k, v in flat(state.state_dict()).items() if hasattr(v, "clone")}
+
+
+def flat(value, name=""):
+    """Leaves of nested dicts and lists by their path."""
+    if isinstance(value, (dict, list, tuple)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in pairs for k, v in flat(item, f"{name}/{key}").items()}
+    return {name: value}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# ---------------------------------------------------------------------------------- parts of a step
+
+
+def test_clip_gradients_by_hand():
+    values = {(3.0, 4.0): (0.6, 0.8), (0.3, 0.4): (0.3, 0.4), (0.0, 0.0): (0.0, 0.0)}
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    for parameter, grad in zip(parameters, values, strict=False):
+        parameter.grad = torch.tensor(grad)
+    SSRL.clip_gradients(parameters, 1.0)
+    for parameter, expected in zip(parameters, values.values(), strict=False):
+        torch.testing.assert_close(parameter.grad, torch.tensor(expected), atol=1e-6, rtol=1e-5)
+    assert parameters[3].grad is None
+
+
+def test_update_teacher_by_hand():
+    teacher, student = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        for module, value in ((teacher, 1.0), (student, 3.0)):
+            module.weight.fill_(value), module.bias.fill_(-value)
+    SSRL.update_teacher(teacher, student, 0.75)
+    assert teacher.weight.tolist() == [[1.5, 1.5]] and teacher.bias.tolist() == [-1.5]
+    assert student.weight.tolist() == [[3.0, 3.0]]
+
+
+def test_student_and_teacher_start_equal(tiny):
+    state, _, _ = build(tiny(drop_path=0.1))
+    assert same(state.student.state_dict(), state.teacher.state_dict())
+    names = [[n for n, _ in net.named_parameters()] for net in (state.student, state.teacher)]
+    assert names[0] == names[1]  # update_teacher pairs them by their order
+    assert not any(p.requires_grad for p in state.teacher.parameters())
+
+
+def test_weight_decay_groups_are_those_of_dino(tiny):
+    for norm_last_layer in (True, False):
+        state, _, _ = build(tiny(norm_last_layer=norm_last_layer))
+        regularized, others = set(), set()
+        for name, p in state.student.named_parameters():  # dino/utils.py, get_params_groups
+            if p.requires_grad:
+                (others if name.endswith(".bias") or p.dim() == 1 else regularized).add(id(p))
+        groups = [{id(p) for p in group["params"]} for group in state.optimizer.param_groups]
+        assert groups == [regularized, others] and regularized and others
+
+
+def test_schedules(tiny):
+    o = tiny(lr=0.4, min_lr=1e-3, warmup_teacher_temp=0.02, warmup_teacher_temp_epochs=1)
+    _, run, _ = build(o)
+    assert (run.steps_per_epoch, run.total_steps, run.global_batch) == (5, 10, 8)
+    at = [run.schedule(step) for step in range(11)]
+    peak = 0.4 * 8 / 256
+    assert [s["lr"] for s in at[:6]] == pytest.approx([peak * i / 5 for i in range(6)])
+    assert at[10]["lr"] == pytest.approx(1e-3)
+    assert at[9]["lr"] == pytest.approx(1e-3 + (peak - 1e-3) * (1 + math.cos(0.8 * math.pi)) / 2)
+    assert [at[i]["weight_decay"] for i in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
+    assert [at[i]["momentum"] for i in (0, 5, 10)] == pytest.approx([0.996, 0.998, 1.0])
+    temps = [at[i]["teacher_temp"] for i in (0, 2, 5, 10)]
+    assert temps == pytest.approx([0.02, 0.028, 0.04, 0.04])
+
+
+def test_views_are_laid_out_view_by_view(tiny):
+    _, run, dataset = build(tiny())
+    batch = collate(dataset, [4, 9, 2])
+    large, small = run.views(batch)
+    assert large.shape == (6, 3, 32, 32) and small.shape == (6, 3, 16, 16)
+    mean, std = torch.tensor(run.options.mean), torch.tensor(run.options.std)
+    for image, view in itertools.product(range(3), range(4)):
+        crop = batch["global"][image, view] if view < 2 else batch["local"][image, view - 2]
+        expected = apply_color(crop[None], batch["color"][image, view][None], mean, std)[0]
+        found = large[view * 3 + image] if view < 2 else small[(view - 2) * 3 + image]
+        torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------------------------------- one step
+
+
+def test_step_is_the_naive_one(tiny):
+    """One step with SGD, from the published formulas, every term by itself."""
+    o = tiny(optimizer="sgd", warmup_epochs=0, freeze_last_layer=0, lr=3.2, clip_grad=0.05)
+    state, run, dataset = build(o)
+    torch.manual_seed(0)
+    state.center.normal_(std=0.1)
+    other, _, _ = build(o)
+    batch, center = collate(dataset, range(8)), state.center.clone()
+    measured = SSRL.train_step(state, iter([batch]), run)
+
+    large, small = run.views(batch)
+    student = [other.student(v) for v in (large[:8], large[8:], small[:8], small[8:])]
+    logits = [other.teacher(v).detach() for v in (large[:8], large[8:])]
+    pairs = [(i, j) for i in range(2) for j in range(4) if i != j]
+    terms = [
+        -(torch.softmax((logits[i] - center) / 0.04, 1) * torch.log_softmax(student[j] / 0.1, 1))
+        for i, j in pairs
+    ]
+    loss = sum(term.sum(1).mean() for term in terms) / 6
+    assert measured["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    rate = 3.2 * 8 / 256
+    teacher = dict(other.teacher.named_parameters())
+    updated = dict(state.student.named_parameters()), dict(state.teacher.named_parameters())
+    for name, p in other.student.named_parameters():
+        if p.requires_grad:
+            norm = p.grad.norm()
+            grad = p.grad * min(1.0, 0.05 / norm) + (0.04 * p.detach() if p.dim() > 1 else 0)
+            expected = p.detach() - rate * grad
+            torch.testing.assert_close(updated[0][name], expected, atol=2e-6, rtol=1e-4)
+            moved = 0.996 * teacher[name] + 0.004 * updated[0][name].detach()
+            torch.testing.assert_close(updated[1][name], moved, atol=1e-7, rtol=1e-6)
+    expected = 0.9 * center + 0.1 * torch.cat(logits).mean(0)
+    torch.testing.assert_close(state.center, expected)
+    assert all(p.grad is None for p in state.teacher.parameters()) and state.step == 1
+
+
+def test_accumulated_micro_batches_are_one_batch(tiny):
+    common = {"optimizer": "sgd", "warmup_epochs": 0, "lr": 3.2, "freeze_last_layer": 0}
+    found = []
+    for size, accumulate in ((8, 1), (4, 2), (2, 4)):
+        state, run, dataset = build(tiny(batch_size=size, accumulate=accumulate, **common))
+        starts = range(0, 24, size)
+        batches = iter([collate(dataset, range(i, i + size)) for i in starts])
+        losses = [SSRL.train_step(state, batches, run)["loss"].item() for _ in range(3)]
+        found.append((losses, copy_of(state)))
+    for losses, tensors in found[1:]:
+        assert losses == pytest.approx(found[0][0], rel=1e-5)
+        for name, value in tensors.items():
+            torch.testing.assert_close(value, found[0][1][name], atol=2e-6, rtol=1e-4)
+
+
+def test_last_layer_waits(tiny):
+    state, run, dataset = build(tiny(warmup_epochs=0, freeze_last_layer=1, lr=0.1))
+    batch = collate(dataset, range(8))
+    names = [n for n, p in state.student.named_parameters() if p.requires_grad]
+    for step in range(6):
+        before = {n: p.detach().clone() for n, p in state.student.named_parameters()}
+        SSRL.train_step(state, iter([batch]), run)
+        now = dict(state.student.named_parameters())
+        still = {n for n in names if torch.equal(before[n], now[n])}
+        last = {n for n in names if "last_layer" in n}
+        assert last and still == (last if step < 5 else set())
+    decay = [group["weight_decay"] for group in state.optimizer.param_groups]
+    assert decay == [pytest.approx(run.schedule(5)["weight_decay"]), 0]
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_student_comes_to_match_a_teacher_that_stays(tiny, centering):
+    """On four images: the loss less the targets' entropy, its least value, falls."""
+    changed = {"momentum_teacher": 1.0, "warmup_epochs": 0, "freeze_last_layer": 0, "epochs": 20}
+    o = tiny(lr=0.02, batch_size=4, centering=centering, **changed)
+    state, run, dataset = build(o)
+    batches = itertools.repeat(collate(dataset, range(4)))
+    seen = [SSRL.train_step(state, batches, run) for _ in range(30)]
+    excess = [m["loss"].item() - m["teacher_entropy"] * math.log(64) for m in seen]
+    assert all(map(math.isfinite, excess)) and 0 < excess[-1] < excess[0] / 2
+
+
+def test_diverged_leaves_all_as_it_was(tiny, monkeypatch):
+    state, run, dataset = build(tiny(warmup_epochs=0, lr=0.1))
+    batch = collate(dataset, range(8))
+    SSRL.train_step(state, iter([batch]), run)
+    before, real = copy_of(state), SSRL.losses.distillation_loss
+    for bad in (math.nan, math.inf):
+        monkeypatch.setattr(SSRL.losses, "distillation_loss", lambda *a, b=bad: real(*a) * b)
+        with pytest.raises(Diverged, match="step 1"):
+            SSRL.train_step(state, iter([batch]), run)
+        assert same(before, copy_of(state)) and state.step == 1

@@ -1,0 +1,212 @@
+"""Whole runs: what they write, resuming, several processes, signals.
+
+Run with `python -m pytest tests/test_ssrl_runs.py`. Two runs are equal when the losses in their
+logs and every number of their checkpoints are.
+"""
+
+import json
+import math
+import operator
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import child_environment, tiny_flags
+from PIL import Image
+from safetensors.torch import load_file
+from test_ssrl import flat, same
+
+import SSRL
+from runs import load_torch
+from utils import HERE, InputError, Stopped
+
+pytestmark = pytest.mark.usefixtures("handlers")
+
+
+def trained(folder, keys=("student", "teacher", "optimizer", "center", "step")):
+    """Leaves of the newest checkpoint, and the loss of every step."""
+    saved = load_torch(Path(folder) / "checkpoint.pth")
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return flat({key: saved[key] for key in keys}), {
+        r["step"]: r["loss"] for r in lines if "loss" in r
+    }
+
+
+def assert_same_run(one, other):
+    (weights, losses), (others, other_losses) = trained(one), trained(other)
+    assert losses == other_losses and weights.keys() == others.keys()
+    for name, value in weights.items():
+        equal = torch.equal if torch.is_tensor(value) else operator.eq
+        assert equal(value, others[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    """The folder of a finished run of 10 steps with drop path, and its options."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    flags = tiny_flags(prepared, output_dir=folder, drop_path=0.1, knn_every=1, keep_every=1)
+    options, _ = SSRL.utils.parse(SSRL.Options, flags)
+    SSRL.main(options, None)
+    return folder, options
+
+
+def test_files_of_a_run(whole):
+    folder, options = whole
+    names = {"config.yaml", "log.jsonl", "checkpoint.pth", "backbone.safetensors", "crops.png"}
+    names |= {f"checkpoint-{epoch:04d}.pth" for epoch in (0, 1, 2)} | {"checkpoint-best.pth"}
+    assert names == {p.name for p in folder.iterdir() if not p.name.startswith("events")}
+    saved = torch.load(folder / "checkpoint.pth", weights_only=True)
+    allowed = (torch.Tensor, int, float, str, type(None))
+    assert all(isinstance(leaf, allowed) for leaf in flat(saved).values())
+    backbone, teacher = load_file(folder / "backbone.safetensors"), saved["teacher"]
+    assert same(backbone, {k[9:]: v for k, v in teacher.items() if k.startswith("backbone.")})
+    with Image.open(folder / "crops.png") as sheet:
+        assert sheet.size == (4 * 32, 8 * 32)
+    kept = [load_torch(folder / f"checkpoint-{epoch:04d}.pth")["step"] for epoch in (0, 1, 2)]
+    assert kept == [0, 5, 10] and saved["step"] == 10
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "loss" in r] == list(range(1, 11))
+    assert [r["epoch"] for r in lines if "rankme" in r] == [0, 1, 2]
+    assert all(0 <= r["knn_accuracy"] <= 1 for r in lines if "rankme" in r)
+    assert all(math.isfinite(v) for r in lines for v in r.values() if isinstance(v, float))
+
+
+def test_finished_run_stays_as_it_is(whole, caplog):
+    folder, options = whole
+    before = {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.iterdir()}
+    with caplog.at_level("INFO", logger="ssrl"):
+        SSRL.main(options, None)
+    assert "finished" in caplog.text
+    assert before == {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(3, 1), (5, 0), (7, 3)])
+def test_stopped_and_resumed_is_uninterrupted(whole, tiny, monkeypatch, stop, workers):
+    """Bit for bit, with another number of workers, in the middle of an epoch and at its end."""
+    options = replace(whole[1], output_dir="run", save_minutes=1e9)
+    real = SSRL.train_step
+
+    def step_then_signal(state, *arguments):
+        measured = real(state, *arguments)
+        if state.step == stop:
+            signal.raise_signal(signal.SIGTERM)
+        return measured
+
+    monkeypatch.setattr(SSRL, "train_step", step_then_signal)
+    with pytest.raises(Stopped, match=f"step {stop}"):
+        SSRL.main(options, None)
+    assert load_torch(Path("run/checkpoint.pth"))["step"] == stop
+    monkeypatch.setattr(SSRL, "train_step", real)
+    SSRL.main(replace(options, workers=workers), None)
+    assert_same_run("run", whole[0])
+
+
+def test_more_epochs_continue_a_finished_run(tiny):
+    o = tiny(epochs=1)
+    SSRL.main(o, None)
+    SSRL.main(replace(o, epochs=2), None)
+    assert load_torch(Path("run/checkpoint.pth"))["step"] == 10
+
+
+@pytest.mark.parametrize("changed", [{"local_crops_number": 0}, {"use_bn_in_head": True}], ids=str)
+def test_variants_train(tiny, changed):
+    SSRL.main(tiny(epochs=1, **changed), None)
+    losses = trained("run")[1]
+    assert len(losses) == 5 and all(map(math.isfinite, losses.values()))
+
+
+# ------------------------------------------------------------------------- other processes, signals
+
+SEVERAL = """
+import contextlib, sys
+sys.modules["torch.utils.tensorboard"] = None
+import SSRL, runs, utils
+with runs.process_group("cpu") as processes:
+    runs.process_group = lambda device: contextlib.nullcontext(processes)
+    for flags in open("runs.txt"):
+        try:
+            SSRL.main(utils.parse(SSRL.Options, flags.split())[0], None)
+        except utils.InputError as error:
+            print("refused:", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def launched(prepared, tmp_path_factory):
+    """A folder in which two processes trained over gloo, and what they printed."""
+    folder, lines = tmp_path_factory.mktemp("launched"), []
+    flags = tiny_flags(prepared, epochs=1, output_dir=folder / "grown")
+    SSRL.main(SSRL.utils.parse(SSRL.Options, flags)[0], None)  # begun by one process
+    lines.append(tiny_flags(prepared, epochs=4, output_dir="grown"))
+    for centering in ("mean", "sinkhorn"):
+        changed = {"centering": centering, "batch_size": 4, "output_dir": centering}
+        lines.append(tiny_flags(prepared, epochs=4, warmup_epochs=0, **changed))
+    (folder / "runs.txt").write_text("\n".join(map(" ".join, lines)))
+    (folder / "several.py").write_text(SEVERAL)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "several.py"]
+    environment = child_environment(PYTHONPATH=str(HERE))
+    done = subprocess.run(
+        [sys.executable, *launcher], cwd=folder, env=environment, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return folder, done.stdout.decode()
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_two_processes_are_one(launched, tiny, centering):
+    """20 steps with the same global batch."""
+    SSRL.main(tiny(epochs=4, warmup_epochs=0, centering=centering, output_dir="one"), None)
+    (one, losses), (two, other_losses) = trained("one"), trained(launched[0] / centering)
+    assert len(losses) == 20 and other_losses == pytest.approx(losses, rel=1e-4)
+    for name, value in one.items():
+        if name.startswith(("/student", "/teacher", "/center")):
+            torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_another_global_batch_does_not_resume(launched):
+    """The number of a step would mean other photographs, another epoch and learning rate."""
+    folder, printed = launched
+    assert "refused: grown" in printed
+    assert load_torch(folder / "grown" / "checkpoint.pth")["step"] == 5
+
+
+@pytest.mark.parametrize("whom", ["process", "group"])
+def test_sigterm_saves_and_exits_75(prepared, tmp_path, whom):
+    """To the process alone, and to its workers too, as schedulers and torchrun send it."""
+    flags = tiny_flags(prepared, output_dir="run", epochs=2000, workers=2, save_minutes=1e9)
+    code = "import sys; sys.modules['torch.utils.tensorboard'] = None; import SSRL, utils;"
+    code += "utils.run_main(SSRL.main, SSRL.Options)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        cwd=tmp_path,
+        env=child_environment(PYTHONPATH=str(HERE)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as child:
+        try:
+            log, limit = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
+            while not (log.is_file() and '"loss"' in log.read_text()):
+                assert child.poll() is None and time.monotonic() < limit, child.stderr.read()
+                time.sleep(0.1)
+            (os.kill if whom == "process" else os.killpg)(child.pid, signal.SIGTERM)
+            message = child.communicate(timeout=60)[1]
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+    assert child.returncode == 75, message[-2000:]
+    assert "Traceback" not in message and "saved" in message
+    assert load_torch(tmp_path / "run" / "checkpoint.pth")["step"] > 0
+
+
+def test_batch_larger_than_the_set_is_refused(tiny):
+    with pytest.raises(InputError, match="--batch-size"):
+        SSRL.main(tiny(batch_size=41), None)
+    assert not Path("run").exists()
