@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 RUN = runs/demo
+DRAWN = $${XDG_CACHE_HOME:-$$HOME/.cache}/ssrl/synthetic-1000-*/images
 
 .PHONY: test demo
 
@@ -21,5 +22,5 @@ demo: $(BIN)/installed
 	$(BIN)/python eval_knn.py --pretrained $(RUN) --k 15
 	$(BIN)/python eval_linear.py --pretrained $(RUN) --features color
 	$(BIN)/python eval_linear.py --pretrained $(RUN)
-	$(BIN)/python visualize_attention.py --pretrained $(RUN) --image $(RUN)/crops.png
+	$(BIN)/python visualize_attention.py --pretrained $(RUN) --image $(DRAWN)/p000[0-3]_left.jpg
 	$(BIN)/python -m tools.report --table $(RUN)
