@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -39,7 +38,7 @@ from data import PhotographDataset as Dataset
 from layouts import Manifest
 from utils import Diverged, RunOptions, Stopped, log
 
-HINT = "lower --lr or --clip-grad, or use --precision fp32"
+HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
 # what may differ when a run is resumed; --epochs may also grow
 RESUMABLE = ("workers", "device", "log_every", "save_minutes", "keep_every", "knn_every")
 
@@ -101,8 +100,11 @@ class Options(data.DataOptions, RunOptions):
         crops, scales = "global_crop_size local_crop_size", "global_crops_scale local_crops_scale"
         spans = "warmup_epochs warmup_teacher_temp_epochs freeze_last_layer"
         for names, fits, expected in (
-            ("patch_size epochs batch_size accumulate out_dim", lambda v: v >= 1, "1 or more"),
-            ("log_every", lambda v: v >= 1, "1 or more"),
+            ("patch_size epochs batch_size accumulate log_every", lambda v: v >= 1, "1 or more"),
+            ("out_dim head_hidden_dim", lambda v: v >= 2, "2 or more"),
+            ("accumulate", lambda v: v == 1 or self.centering == "mean", "1 with sinkhorn"),
+            ("lr min_lr weight_decay weight_decay_end", lambda v: 0 <= v < 1e9, "0 or more"),
+            ("color_strength save_minutes", lambda v: v >= 0, "0 or more"),
             ("local_crops_number knn_every keep_every clip_grad", lambda v: v >= 0, "0 or more"),
             (crops, lambda v: v > 0 == v % patch, f"a multiple of --patch-size {patch}"),
             (spans, lambda v: 0 <= v <= last, f"0 to --epochs {last}"),
@@ -117,8 +119,6 @@ class Options(data.DataOptions, RunOptions):
 
 
 # ----------------------------------------------------------------------------- student and teacher
-
-
 class Network(nn.Module):
     """Backbone and projection head; student and teacher are one each."""
 
@@ -162,7 +162,10 @@ def build_networks(o: Options) -> tuple[Network, Network]:
     spec = vit.BackboneSpec(o.arch, o.patch_size, o.global_crop_size, o.mean, o.std)
     backbone = vit.Backbone(spec, o.drop_path)
     if o.init != "none":
-        vit.load_weights(backbone, vit.read_weights(o.init, o.checkpoint_key))
+        weights = vit.read_weights(o.init, o.checkpoint_key)
+        vit.load_weights(backbone, weights)
+        if (weights.spec.mean, weights.spec.std) != (spec.mean, spec.std):
+            log.warning("--init was trained with other --mean and --std: %s", weights.spec)
     log.info("backbone: %s, init %s; projection head: from scratch", o.arch, o.init)
     widths = (backbone.embed_dim, o.out_dim, o.head_hidden_dim)
     use_bn, fixed = o.use_bn_in_head, o.norm_last_layer
@@ -184,8 +187,6 @@ def build_optimizer(student: Network, name: str) -> torch.optim.Optimizer:
 
 
 # -------------------------------------------------------------------------------------------- step
-
-
 @dataclass(frozen=True)
 class Run:
     """What stays the same throughout training."""
@@ -282,6 +283,8 @@ def apply_gradients(state: State, run: Run) -> bool:
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     overflowed = state.scaler.get_scale() < scale
+    if state.scaler.is_enabled() and scale < 2.0**-24:
+        raise Diverged(f"fp16 overflowed at every scale by step {state.step}: {HINT}")
     state.skipped += overflowed
     return not overflowed
 
@@ -306,8 +309,6 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 
 # ------------------------------------------------------------------------------------------ epochs
-
-
 def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -> None:
     """Train from the state's step to the last one, saving as it goes.
 
@@ -337,7 +338,7 @@ def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -
             saved = time.monotonic()
         progress.since += time.monotonic() - began  # throughput is that of steps
         if stopped:
-            raise Stopped(f"at step {state.step}, saved; the same command goes on from there")
+            raise Stopped(f"step {state.step} saved; goes on with --output-dir {run.folder.path}")
     progress.close()
 
 
@@ -345,13 +346,12 @@ def save(state: State, run: Run, epoch: int | None = None, name: str = "checkpoi
     """Write a checkpoint; at the end of an epoch the backbone too, and a copy that is kept."""
     folder, spec = run.folder, asdict(state.student.backbone.spec)
     content = state.state_dict() | {"spec": spec, "options": folder.options, "data": folder.data}
+    if epoch is not None:  # checkpoint.pth last: once it is there, all of its epoch is
+        file = folder.path / "backbone.safetensors"
+        vit.save_backbone(state.teacher.backbone, file, folder.options)
+        if run.options.keep_every and epoch % run.options.keep_every == 0:
+            runs.save_torch(content, folder.path / f"checkpoint-{epoch:04d}.pth")
     runs.save_torch(content, folder.path / name)
-    if epoch is None:
-        return
-    vit.save_backbone(state.teacher.backbone, folder.path / "backbone.safetensors", folder.options)
-    if run.options.keep_every and epoch % run.options.keep_every == 0:
-        kept = folder.path / f"checkpoint-{epoch:04d}.pth"
-        utils.write_atomic(kept, lambda path: shutil.copyfile(folder.path / name, path))
 
 
 class Watch:
@@ -397,8 +397,6 @@ class Watch:
 
 
 # -------------------------------------------------------------------------------------------- main
-
-
 def build_run(
     o: Options, processes: runs.Processes, folder: runs.RunFolder, sampler: data.StepSampler
 ) -> tuple[State, Run]:

@@ -7,6 +7,7 @@ or processes, sees the same views of the same photographs.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -283,7 +284,14 @@ def evaluation_loader(
     dataset: PhotographDataset, batch_size: int, workers: int
 ) -> Iterator[dict[str, Tensor]]:
     """Iterate over a dataset in order, once."""
-    return _unwrap_errors(DataLoader(dataset, batch_size, num_workers=workers))
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        worker_init_fn=_own_group,
+        generator=torch.Generator(),
+    )
+    return _unwrap_errors(loader)
 
 
 def _own_group(_worker: int) -> None:
@@ -291,6 +299,8 @@ def _own_group(_worker: int) -> None:
     workers before the main process has saved. The main process can still end them."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+        # a scheduler may signal every process by itself: then the main process gets 10 seconds
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def _unwrap_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:

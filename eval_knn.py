@@ -43,7 +43,7 @@ class Options(BackboneOptions, DataOptions, RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_options(self, "temperature", lambda v: v > 0, "above 0")
-        check_options(self, "k", lambda v: min(v) > 0, "1 or more")
+        check_options(self, "k", lambda v: v and min(v) > 0, "numbers from 1")
 
 
 def evaluate(
@@ -63,13 +63,14 @@ def evaluate(
 def main(o: Options, config: Path | None) -> None:
     """Grade the test split, and every `--test-data`."""
     e = open_evaluation(o, "knn" if o.protocol == "whole" else "knn-paper")
+    sets = test_sets(e.manifest, o.test_data)  # before the work, so that a fault costs none
     view = WholeView(e.image_size) if o.protocol == "whole" else PaperView()
     voters = graded(e.manifest, e.manifest.split("train"), "train")
     if o.protocol == "paper":
         voters += [r for r in e.manifest.split("val") if r.grade is not None]
     bank = cached_features(e, e.manifest, voters, view)["cls"][:, -1]
     headline = HEADLINE if HEADLINE in o.k else o.k[-1]
-    for name, (manifest, records) in test_sets(e.manifest, o.test_data).items():
+    for name, (manifest, records) in sets.items():
         queries = cached_features(e, manifest, records, view)["cls"][:, -1]
         bank_grades = torch.from_numpy(grades_of(voters))
         votes = knn_predict(bank, bank_grades, queries, o.k, o.temperature)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,8 +74,13 @@ class Options(BackboneOptions, DataOptions, RunOptions):
         check_options(self, "epochs batch_size", lambda v: v >= 1, "1 or more")
         check_options(self, "lr", lambda v: all(0 < x < np.inf for x in v), "numbers above 0")
         check_options(self, "weight_decay", lambda v: all(0 <= x < np.inf for x in v), "0 or more")
-        if self.features == "color" and self.protocol == "paper":
-            raise InputError("--features color has no --protocol paper")
+        if self.protocol == "paper":
+            self.select = "accuracy"  # what the published code keeps the best epoch of
+            fixed = ("lr", "weight_decay", "image_size", "features")
+            plain = {f.name: f.default for f in fields(self)}
+            changed = [n for n in fixed if getattr(self, n) != plain[n]]
+            if changed:
+                raise InputError(f"--protocol paper fixes {', '.join(changed)}; leave them out")
 
 
 def probe_input(found: dict[str, Tensor], arch: str, o: Options) -> Tensor:
@@ -217,7 +222,7 @@ def save_head(e: Evaluation, o: Options, weight: Tensor, bias: Tensor) -> None:
         "features": o.features,
         "protocol": o.protocol,
         "blocks": N_BLOCKS,
-        "image_size": e.image_size,
+        "image_size": 224 if o.protocol == "paper" else e.image_size,
     }
     tensors = {"weight": weight.T.contiguous(), "bias": bias.contiguous()}
     meta = {"ssrl": json.dumps(about)}
@@ -230,6 +235,7 @@ def main(o: Options, config: Path | None) -> None:
     """Fit the probe, grade the test split and every `--test-data`."""
     kind = "linear" + "-paper" * (o.protocol == "paper") + "-color" * (o.features == "color")
     e = open_evaluation(o, kind)
+    sets = test_sets(e.manifest, o.test_data)  # before the work, so that a fault costs none
     records = graded(e.manifest, e.manifest.split("train"), "train")
     if o.protocol == "paper":
         records += [r for r in e.manifest.split("val") if r.grade is not None]
@@ -242,7 +248,7 @@ def main(o: Options, config: Path | None) -> None:
         protocol = "linear probe, the paper's: best epoch on the test split"
     if o.features == "color":
         protocol += ", on colour alone"
-    for name, (manifest, tested) in test_sets(e.manifest, o.test_data).items():
+    for name, (manifest, tested) in sets.items():
         found = cached_features(e, manifest, tested, view)
         shares = (probe_input(found, e.weights.spec.arch, o) @ weight + bias).softmax(1).numpy()
         p = metrics.Predictions(grades_of(tested), shares.argmax(1), shares, patients_of(tested))

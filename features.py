@@ -160,9 +160,14 @@ def open_evaluation(options: Any, kind: str) -> Evaluation:
     manifest = open_manifest(data)
     there = output / "results.json"
     if there.is_file() and not options.overwrite:
-        old, ours = json.loads(there.read_text("utf-8")), [weights.sha256, weights.network]
-        theirs = [old["backbone"].get("sha256"), old["backbone"].get("network")]
-        if theirs + [old["data"]["fingerprint"]] != ours + [manifest.fingerprint]:
+        ours = [weights.sha256, weights.network, manifest.fingerprint]
+        try:
+            old = json.loads(there.read_text("utf-8"))
+            theirs = [old["backbone"]["sha256"], old["backbone"]["network"]]
+            theirs.append(old["data"]["fingerprint"])
+        except (ValueError, KeyError, TypeError):
+            theirs = []  # damaged, or another program's
+        if theirs != ours:
             raise InputError(f"{there}: is of other weights or data; --overwrite replaces it")
     device = pick_device(options.device)
     dtype = autocast_dtype(options.precision, device)
@@ -180,7 +185,7 @@ def cached_features(
 
     Keyed by weights, photographs, view and precision.
     """
-    rows = [(r.path, r.sha256) for r in records]
+    rows = [(r.path, r.sha256 or _stamp(manifest.root / r.path)) for r in records]
     key = (e.weights.sha256, e.weights.network, manifest.fingerprint, rows, view, str(e.dtype))
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     beside = e.output if e.options.output_dir else e.output.parent
@@ -190,6 +195,12 @@ def cached_features(
         found = extract_features(e.backbone, dataset, e.dtype, e.options.workers, "features")
         write_atomic(path, lambda temporary: save_file(found, temporary))
     return load_file(path)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """Return what tells a file without a checksum from others: where it is, size, time."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 def write_results(
@@ -209,6 +220,6 @@ def write_results(
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", "patient", "eye", "grade", "prediction", "p0", "p1", "p2", "p3", "p4"])
     for r, share in zip(tested, shares, strict=True):
-        row = [r.path, r.patient, r.eye, r.grade, share.argmax(), *(f"{v:.6g}" for v in share)]
+        row = [r.path, r.patient, r.eye, r.grade, share.argmax(), *(f"{v:.9g}" for v in share)]
         rows.writerow(row)
     write_atomic(output / "predictions.csv", lambda path: path.write_text(text.getvalue(), "utf-8"))

@@ -61,13 +61,18 @@ def point_values(p: Predictions) -> dict[str, dict[str, Any]]:
         values["macro_auroc"] = {"value": float(auroc)}
     referable = p.grades >= REFERABLE
     if 0 < referable.sum() < len(referable):
-        score = p.probabilities[:, REFERABLE:].sum(axis=1)
-        values["referable_auroc"] = {"value": float(sk.roc_auc_score(referable, score))}
+        auroc = sk.roc_auc_score(referable, _referable_share(p))
+        values["referable_auroc"] = {"value": float(auroc)}
     for grade in labels:
         there = {"value": float(recalls[grade])}
         missing = {"value": None, "reason": f"no test image of grade {grade}"}
         values[f"recall_{grade}"] = there if present[grade] else missing
     return values
+
+
+def _referable_share(p: Predictions) -> np.ndarray:
+    """Return the probability of referable DR, (N,); rounded, so that equal votes stay equal."""
+    return p.probabilities[:, REFERABLE:].sum(axis=1, dtype=np.float64).round(6)
 
 
 def _qwk(p: Predictions) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def _bootstrap(p: Predictions, draws: int, rng: np.random.Generator) -> dict[str
     count = patient.max() + 1
     cells = np.zeros((count, GRADES * GRADES), np.float32)
     np.add.at(cells, (patient, p.grades * GRADES + p.predicted), 1)
-    scores = {"referable_auroc": p.probabilities[:, REFERABLE:].sum(axis=1)}
+    scores = {"referable_auroc": _referable_share(p)}
     truths = {"referable_auroc": p.grades >= REFERABLE}
     for grade in range(GRADES):
         scores[f"auroc_{grade}"] = p.probabilities[:, grade]

@@ -29,9 +29,8 @@ from tqdm import tqdm
 
 from utils import InputError, commit, dump_options, log, write_atomic
 
+
 # ------------------------------------------------------------------------------- processes, device
-
-
 @dataclass(frozen=True)
 class Processes:
     """The processes of this run and the device of this one."""
@@ -71,12 +70,11 @@ def process_group(device: str) -> Iterator[Processes]:
     if world == 1:
         yield Processes(chosen)
         return
-    cuda = chosen.type == "cuda"
-    backend = "nccl" if cuda and dist.is_nccl_available() else "gloo"
+    backend = "nccl" if chosen.type == "cuda" and dist.is_nccl_available() else "gloo"
     patience = datetime.timedelta(hours=2)  # the others wait while the main process evaluates
     device_id = chosen if backend == "nccl" else None
     dist.init_process_group(backend, device_id=device_id, timeout=patience)
-    if cuda:
+    if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     try:
         yield Processes(chosen, rank, world)
@@ -91,6 +89,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = next((kind for kind, there in present.items() if there), "cpu")
     elif not present.get(name, True):
         raise InputError(f"--device {name}: torch finds no such device here; use --device auto")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        gpus = f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node"
+        raise InputError(f"{local_rank + 1} processes for {gpus}")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
@@ -134,8 +135,6 @@ def _survives_bf16() -> bool:
 
 
 # ------------------------------------------------------------------------------------------- files
-
-
 def save_torch(state: dict[str, Any], path: Path) -> None:
     """Write tensors, numbers, strings, lists and dicts with torch.save, atomically."""
     write_atomic(path, lambda temporary: torch.save(state, temporary))
@@ -185,8 +184,6 @@ def versions() -> dict[str, str]:
 
 
 # -------------------------------------------------------------------------- folder, progress, stop
-
-
 class RunFolder:
     """A training run's folder: what may continue in it, and its log.jsonl."""
 
@@ -237,7 +234,8 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete the folder, if it is a run's or empty: `--overwrite` on any other is a mistake."""
-        if any(self.path.iterdir()) and not (self.path / "config.yaml").is_file():
+        ours = all((self.path / name).is_file() for name in ("config.yaml", "log.jsonl"))
+        if any(self.path.iterdir()) and not ours:
             raise InputError(f"--overwrite: {self.path} holds no run (config.yaml); name another")
         shutil.rmtree(self.path)
 
@@ -251,6 +249,8 @@ class RunFolder:
                 log.info("resume: %s %s", name, changed.pop(name))
         if saved["data"] != self.data:
             changed["data"] = "other photographs, grades or splits"
+        elif changed.pop("data", None):
+            log.info("resume: the same data at %s", new["data"])
         if resume == "never":
             changed["resume"] = "never, and a run is there"
         if changed:

@@ -161,8 +161,9 @@ def _yaml_items(path: Path) -> typing.Iterator[tuple[str, list[str], str]]:
 
 
 def dump_options(options: Any) -> str:
-    """Return every option but output_dir as YAML that `--config` reads back to the same values."""
-    values = {k: v for k, v in dataclasses.asdict(options).items() if k != "output_dir"}
+    """Return the options as YAML that `--config` reads back; without those of one call alone."""
+    of_one_call = ("output_dir", "overwrite", "resume", "debug")
+    values = {k: v for k, v in dataclasses.asdict(options).items() if k not in of_one_call}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     return yaml.safe_dump(plain, sort_keys=False)
 

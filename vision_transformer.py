@@ -163,8 +163,6 @@ class ProjectionHead(nn.Module):
 
 
 # -------------------------------------------------------------------------------------- weights in
-
-
 @dataclass
 class BackboneOptions:
     """Which frozen backbone to evaluate."""
@@ -207,12 +205,14 @@ def read_weights(source: str, checkpoint_key: str = "teacher") -> Weights:
         return _read_timm(source)
     path = Path(source)
     if path.is_dir():
-        path = path / "backbone.safetensors"
+        path /= "backbone.safetensors" if checkpoint_key == "teacher" else "checkpoint.pth"
     if not path.is_file():
         raise InputError(
             f"{path}: no such weights; expected a run folder, a .pth or .safetensors file, "
             "timm:NAME or none"
         )
+    if path.suffix == ".safetensors" and checkpoint_key != "teacher":
+        raise InputError(f"{path}: holds one network; name the run's checkpoint.pth instead")
     if path.suffix == ".safetensors":
         state, meta = _read_safetensors(path)
     else:
@@ -335,8 +335,6 @@ def load_backbone(weights: Weights) -> Backbone:
 
 
 # ------------------------------------------------------------------------------------- weights out
-
-
 def save_backbone(backbone: Backbone, path: Path, options: dict[str, Any]) -> None:
     """Write weights under timm's names as safetensors, atomically.
 

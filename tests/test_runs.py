@@ -58,6 +58,7 @@ def reopen(o, data="d1"):
         {"save_minutes": 1.0},
         {"keep_every": 5},
         {"knn_every": 5},
+        {"data": "the/same/elsewhere"},
         {"epochs": 3},
         {"epochs": 3, "workers": 3, "debug": True},
     ],
@@ -79,7 +80,6 @@ def test_resumes(options, changed):
         ({"global_crops_scale": (0.5, 1.0)}, ["global_crops_scale"]),
         ({"seed": 1, "arch": "vit_nano"}, ["seed: 0 -> 1", "arch: vit_pico -> vit_nano"]),
         ({"resume": "never"}, ["never"]),
-        ({"data": "other"}, ["data: photographs -> other"]),
     ],
     ids=str,
 )
@@ -259,6 +259,9 @@ def test_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert runs.pick_device("auto") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(InputError, match="4 processes for 3 GPUs"):
+        runs.pick_device("cuda", 3)
     assert runs.pick_device("auto", 2) == runs.pick_device("cuda", 2) == torch.device("cuda", 2)
 
 

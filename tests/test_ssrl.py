@@ -216,3 +216,8 @@ def test_diverged_leaves_all_as_it_was(tiny, monkeypatch):
         with pytest.raises(Diverged, match="step 1"):
             SSRL.train_step(state, iter([batch]), run)
         assert same(before, copy_of(state)) and state.step == 1
+
+
+def test_sinkhorn_wants_the_whole_batch_at_once():
+    with pytest.raises(ValueError, match="accumulate 2"):
+        SSRL.Options(centering="sinkhorn", accumulate=2)

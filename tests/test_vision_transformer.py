@@ -349,3 +349,10 @@ def test_weights_of_timm_bring_their_normalisation_and_own_name(monkeypatch):
 def test_a_patch_that_does_not_divide_the_image_is_refused():
     with pytest.raises(InputError, match=r"--patch-size 16.*100"):
         Backbone(BackboneSpec("vit_pico", 16, 100))
+
+
+def test_a_file_of_the_teacher_alone_is_not_taken_for_the_student(tmp_path):
+    path = tmp_path / "backbone.safetensors"
+    vt.save_backbone(helpers.pico(), path, {})
+    with pytest.raises(InputError, match="checkpoint.pth"):
+        vt.read_weights(str(path), "student")

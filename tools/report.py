@@ -24,12 +24,12 @@ METRICS = {
 
 
 def read_results(run: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (evaluation, results) of a run folder, weakest first; exits when there are none."""
+    """Return (evaluation, results) of a run folder, baselines first; exits without any."""
     files = sorted(run.glob("*/results.json")) + sorted(run.glob("*/*/results.json"))
     if not files:
         sys.exit(f"{run}: no */results.json there; run eval_knn.py or eval_linear.py on it first")
     rows = [(f.parent.relative_to(run).as_posix(), json.loads(f.read_text("utf-8"))) for f in files]
-    return sorted(rows, key=lambda row: row[1]["metrics"]["qwk"]["value"] or 0.0)
+    return sorted(rows, key=lambda row: ("-" not in row[0], row[0]))
 
 
 def cell(entry: dict[str, Any]) -> str:
