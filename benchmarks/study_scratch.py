@@ -111,6 +111,7 @@ def main() -> None:
     draw(curves, log_k, title, ROOT / "docs" / f"scratch-{o.name}.png")
     about = {"options": first["options"], "versions": versions, "verdicts": verdicts}
     path = ROOT / "benchmarks" / "results" / f"scratch-{o.name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(about, indent=2) + "\n")
 
 
