@@ -420,8 +420,9 @@ def main(o: Options, config: Path | None) -> None:
     """Train, or continue, or say that the run is finished."""
     folder = runs.RunFolder.of(o, config, "eyepacs_vits16")
     with runs.process_group(o.device) as processes:
-        if config and config == DEMO and processes.is_main:
-            log.info("demonstration (%s); for EyePACS: python SSRL.py --data FOLDER", config.name)
+        recipe = config or "the defaults, configs/eyepacs_vits16.yaml"
+        hint = "; for EyePACS: python SSRL.py --data FOLDER" if config == DEMO else ""
+        log.info("recipe: %s%s", recipe, hint)
         with processes.main_first():  # draws synthetic photographs once
             manifest = data.open_manifest(o.data)
         records = manifest.split("train")

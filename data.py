@@ -105,9 +105,10 @@ def _draw_eye(folder: Path, eye: synthetic.DrawnEye) -> str:
     picture.save(folder / "images" / f"{name}.jpg", quality=95, subsampling=0)
     for lesion, mask in masks.items():
         if mask.any():
-            square = crop_square(mask.astype(np.uint8) * 255, box, SYNTHETIC_SIZE)
-            square = (square > 127).astype(np.uint8) * 255
-            Image.fromarray(square).save(folder / "masks" / f"{name}_{lesion}.png")
+            whole = mask.astype(np.uint8) * 255
+            share = crop_square(whole, box, SYNTHETIC_SIZE, Image.Resampling.BOX)
+            inside = (share > 0).astype(np.uint8) * 255  # lesions of one pixel survive
+            Image.fromarray(inside).save(folder / "masks" / f"{name}_{lesion}.png")
     return sha256_of(folder / "images" / f"{name}.jpg")
 
 

@@ -100,8 +100,8 @@ def collapse(seen: dict[str, float], prototypes: int) -> str:
     """Name the collapse that measurements show and what to change; empty when healthy.
 
     `seen` holds `loss` (nats), `teacher_entropy` and `marginal_entropy` as `spread` returns them,
-    `embedding_std` and `rankme` of frozen features. Both of the last are needed, since RankMe of
-    near-constant features is that of their noise.
+    `embedding_std` and `rankme` of frozen features. Both of the last are needed: embeddings spread
+    along one line have a healthy standard deviation.
     """
     remedy = "try --use-bn-in-head, --centering sinkhorn"
     if seen["teacher_entropy"] > 0.98 and abs(seen["loss"] - math.log(prototypes)) < 0.05:

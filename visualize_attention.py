@@ -23,12 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from features import open_weights
+from layouts import SUFFIXES
 from photographs import PhotographError, load_photograph
 from runs import autocast_dtype, pick_device
 from utils import InputError, RunOptions, log, run_main, write_atomic
 from vision_transformer import Backbone, BackboneOptions, load_backbone
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 
 @dataclass
