@@ -38,6 +38,7 @@ from data import PhotographDataset as Dataset
 from layouts import Manifest
 from utils import Diverged, RunOptions, Stopped, log
 
+DEMO = utils.HERE / "configs" / "demo.yaml"
 HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
 # what may differ when a run is resumed; --epochs may also grow
 RESUMABLE = ("workers", "device", "log_every", "save_minutes", "keep_every", "knn_every")
@@ -74,6 +75,7 @@ class Options(data.DataOptions, RunOptions):
     use_bn_in_head: bool = False  # Batch norm after the projection head's hidden layers.
     norm_last_layer: bool = True  # Keep the prototypes at length 1.
     centering: Literal["mean", "sinkhorn"] = "mean"  # What balances the teacher's targets.
+    koleo_weight: float = 0.0  # Of the KoLeo term, which spreads the [CLS]; DINOv2 takes 0.1.
     student_temp: float = 0.1  # Softmax temperature of the student.
     teacher_temp: float = 0.04  # The teacher's, after its warm-up.
     warmup_teacher_temp: float = 0.04  # The teacher's at the start.
@@ -96,12 +98,13 @@ class Options(data.DataOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        patch, last = self.patch_size, self.epochs
+        patch, last, many = self.patch_size, self.epochs, self.batch_size > 1
         crops, scales = "global_crop_size local_crop_size", "global_crops_scale local_crops_scale"
         spans = "warmup_epochs warmup_teacher_temp_epochs freeze_last_layer"
         for names, fits, expected in (
             ("patch_size epochs batch_size accumulate log_every", lambda v: v >= 1, "1 or more"),
             ("out_dim head_hidden_dim", lambda v: v >= 2, "2 or more"),
+            ("koleo_weight", lambda v: v == 0 or v > 0 and many, "0, or a batch above 1"),
             ("accumulate", lambda v: v == 1 or self.centering == "mean", "1 with sinkhorn"),
             ("lr min_lr weight_decay weight_decay_end", lambda v: 0 <= v < 1e9, "0 or more"),
             ("color_strength save_minutes", lambda v: v >= 0, "0 or more"),
@@ -126,9 +129,10 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, *crops: Tensor) -> Tensor:
-        """Map crops, each (V_i B, 3, h, w) of one resolution, to logits (sum V_i B, K)."""
-        return self.head(torch.cat([self.backbone(batch) for batch in crops]))
+    def forward(self, *crops: Tensor) -> tuple[Tensor, Tensor]:
+        """Map crops (V_i B, 3, h, w) to logits (sum V_i B, K) and [CLS] of the first (V_0 B, D)."""
+        cls_tokens = [self.backbone(batch) for batch in crops]
+        return self.head(torch.cat(cls_tokens)), cls_tokens[0]
 
 
 @dataclass
@@ -246,16 +250,19 @@ def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> 
         with run.student.no_sync() if quiet else contextlib.nullcontext():
             with torch.autocast(device.type, run.dtype, enabled=run.dtype is not None):
                 with torch.no_grad():
-                    teacher_logits = state.teacher(crops[0]).unflatten(0, (2, -1))  # (2, B, K)
-                student_logits = run.student(*crops).unflatten(0, (2 + o.local_crops_number, -1))
+                    teacher_logits = state.teacher(crops[0])[0].unflatten(0, (2, -1))  # (2, B, K)
+                student_logits, cls_tokens = run.student(*crops)
+            student_logits = student_logits.unflatten(0, (2 + o.local_crops_number, -1))
             if o.centering == "sinkhorn":
                 targets = losses.sinkhorn_probs(teacher_logits, now["teacher_temp"])
             else:
                 targets = losses.centered_probs(teacher_logits, state.center, now["teacher_temp"])
                 mean += losses.batch_mean(teacher_logits) / o.accumulate
             loss = losses.distillation_loss(student_logits, targets, o.student_temp) / o.accumulate
+            total += loss.detach()
+            for view in cls_tokens.chunk(2) if o.koleo_weight else ():
+                loss = loss + o.koleo_weight / o.accumulate * losses.koleo_loss(view)
             state.scaler.scale(loss).backward()
-        total += loss.detach()
     total = losses.all_reduce(total) / run.processes.world
     if not torch.isfinite(total):
         raise Diverged(f"loss {float(total)} at step {state.step}, none of it kept: {HINT}")
@@ -420,9 +427,8 @@ def main(o: Options, config: Path | None) -> None:
     """Train, or continue, or say that the run is finished."""
     folder = runs.RunFolder.of(o, config, "eyepacs_vits16")
     with runs.process_group(o.device) as processes:
-        recipe = config or "the defaults, configs/eyepacs_vits16.yaml"
         hint = "; for EyePACS: python SSRL.py --data FOLDER" if config == DEMO else ""
-        log.info("recipe: %s%s", recipe, hint)
+        log.info("recipe: %s%s", config or "the defaults, configs/eyepacs_vits16.yaml", hint)
         with processes.main_first():  # draws synthetic photographs once
             manifest = data.open_manifest(o.data)
         records = manifest.split("train")
@@ -439,8 +445,6 @@ def main(o: Options, config: Path | None) -> None:
         dataset = Dataset(manifest, records, crops, o.seed)
         train(state, run, dataset, sampler)
 
-
-DEMO = utils.HERE / "configs" / "demo.yaml"
 
 if __name__ == "__main__":
     utils.run_main(main, Options, default_config=DEMO)

@@ -1,4 +1,4 @@
-"""The self-distillation loss and what keeps its targets from collapsing: centring or Sinkhorn.
+"""The self-distillation loss and what keeps it from collapsing: centring, Sinkhorn, KoLeo.
 
 Shapes: B images of this process, T teacher views (2), V student views, K prototypes. The student's
 first T views are the teacher's. Everything is computed in fp32, whatever the networks compute in.
@@ -76,6 +76,26 @@ def _log_sum_over_samples(log_q: Tensor) -> Tensor:
     if _world() > 1:
         dist.all_reduce(top, op=dist.ReduceOp.MAX)
     return top + all_reduce((log_q - top).exp().sum(dim=0, keepdim=True)).log()
+
+
+def koleo_loss(embeddings: Tensor, eps: float = 1e-8) -> Tensor:
+    """Return the mean of -ln(distance to the nearest other), small where embeddings spread out.
+
+    `embeddings` (B, D), B at least 2, are l2-normalised here, so that all lie on the unit sphere,
+    and come from this process alone. The naive form, after Kozachenko and Leonenko's entropy:
+
+        for i in range(B):
+            terms.append(-log(min(norm(x[i] - x[j]) for j in range(B) if j != i) + eps))
+        loss = mean(terms)                                       # arXiv 1806.03198, section 3
+
+    Distillation asks only that views of one photograph agree. This asks that photographs differ,
+    in every direction there is, and so keeps the [CLS] from shrinking onto a few (DINOv2, arXiv
+    2304.07193, section 4).
+    """
+    unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
+    with torch.no_grad():
+        nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(dim=1)
+    return -((unit - unit[nearest]).norm(dim=1) + eps).log().mean()
 
 
 def entropy(probs: Tensor) -> Tensor:

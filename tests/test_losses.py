@@ -17,6 +17,7 @@ from losses import (
     collapse,
     distillation_loss,
     entropy,
+    koleo_loss,
     sinkhorn_probs,
     spread,
     update_center,
@@ -185,6 +186,36 @@ def test_sinkhorn_uses_prototypes_nearly_equally():
 
 
 # ------------------------------------------------------------------------------- what is watched
+
+
+@pytest.mark.parametrize(("batch", "width"), [(2, 3), (7, 4), (64, 32)])
+def test_koleo_is_the_naive_loop(batch, width):
+    x = random_logits(batch, width, seed=batch)
+    unit = [row / row.norm() for row in x.double()]
+    nearest = [
+        min((unit[i] - unit[j]).norm() for j in range(batch) if j != i) for i in range(batch)
+    ]
+    expected = -sum(math.log(d) for d in nearest) / batch
+    assert koleo_loss(x).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_koleo_falls_as_embeddings_spread():
+    """Its gradient drives points on a circle to even distances: 2 sin(pi / B) to the next."""
+    x = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, -0.3], [0.5, 0.8]]))
+    optimizer = torch.optim.SGD([x], lr=0.02)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        koleo_loss(x).backward()
+        optimizer.step()
+    even = -math.log(2 * math.sin(math.pi / 4))
+    assert koleo_loss(x).item() == pytest.approx(even, abs=0.05)
+
+
+def test_koleo_of_equal_embeddings_is_finite():
+    x = torch.ones(4, 3, requires_grad=True)
+    loss = koleo_loss(x)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(1e-8), rel=1e-3) and torch.isfinite(x.grad).all()
 
 
 def test_entropy_by_hand():

@@ -127,9 +127,11 @@ def test_views_are_laid_out_view_by_view(tiny):
 # ---------------------------------------------------------------------------------------- one step
 
 
-def test_step_is_the_naive_one(tiny):
+@pytest.mark.parametrize("koleo_weight", [0.0, 0.3])
+def test_step_is_the_naive_one(tiny, koleo_weight):
     """One step with SGD, from the published formulas, every term by itself."""
     o = tiny(optimizer="sgd", warmup_epochs=0, freeze_last_layer=0, lr=3.2, clip_grad=0.05)
+    o.koleo_weight = koleo_weight
     state, run, dataset = build(o)
     torch.manual_seed(0)
     state.center.normal_(std=0.1)
@@ -138,8 +140,9 @@ def test_step_is_the_naive_one(tiny):
     measured = SSRL.train_step(state, iter([batch]), run)
 
     large, small = run.views(batch)
-    student = [other.student(v) for v in (large[:8], large[8:], small[:8], small[8:])]
-    logits = [other.teacher(v).detach() for v in (large[:8], large[8:])]
+    embedded = [other.student(v) for v in (large[:8], large[8:], small[:8], small[8:])]
+    student = [logits for logits, _ in embedded]
+    logits = [other.teacher(v)[0].detach() for v in (large[:8], large[8:])]
     pairs = [(i, j) for i in range(2) for j in range(4) if i != j]
     terms = [
         -(torch.softmax((logits[i] - center) / 0.04, 1) * torch.log_softmax(student[j] / 0.1, 1))
@@ -147,6 +150,8 @@ def test_step_is_the_naive_one(tiny):
     ]
     loss = sum(term.sum(1).mean() for term in terms) / 6
     assert measured["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for _, cls_tokens in embedded[:2]:
+        loss = loss + koleo_weight * SSRL.losses.koleo_loss(cls_tokens)
     loss.backward()
     rate = 3.2 * 8 / 256
     teacher = dict(other.teacher.named_parameters())
@@ -162,6 +167,11 @@ def test_step_is_the_naive_one(tiny):
     expected = 0.9 * center + 0.1 * torch.cat(logits).mean(0)
     torch.testing.assert_close(state.center, expected)
     assert all(p.grad is None for p in state.teacher.parameters()) and state.step == 1
+
+
+def test_koleo_wants_a_neighbour(tiny):
+    with pytest.raises(ValueError, match="koleo-weight 0.1: expected 0, or a batch above 1"):
+        tiny(koleo_weight=0.1, batch_size=1)
 
 
 def test_accumulated_micro_batches_are_one_batch(tiny):
