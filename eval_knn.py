@@ -19,7 +19,7 @@ import tyro
 import metrics
 from augment import PaperView, WholeView
 from data import DataOptions, describe, graded, grades_of, patients_of, test_sets
-from features import cached_features, knn_predict, open_evaluation, write_results
+from features import cached_features, check_results, knn_predict, open_evaluation, write_results
 from layouts import Record
 from utils import RunOptions, check_options, run_main
 from vision_transformer import BackboneOptions
@@ -64,6 +64,7 @@ def main(o: Options, config: Path | None) -> None:
     """Grade the test split, and every `--test-data`."""
     e = open_evaluation(o, "knn" if o.protocol == "whole" else "knn-paper")
     sets = test_sets(e.manifest, o.test_data)  # before the work, so that a fault costs none
+    check_results(e, sets, "by_k")
     view = WholeView(e.image_size) if o.protocol == "whole" else PaperView()
     voters = graded(e.manifest, e.manifest.split("train"), "train")
     if o.protocol == "paper":

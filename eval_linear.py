@@ -29,6 +29,7 @@ from features import (
     N_BLOCKS,
     Evaluation,
     cached_features,
+    check_results,
     extract_features,
     open_evaluation,
     write_results,
@@ -236,6 +237,7 @@ def main(o: Options, config: Path | None) -> None:
     kind = "linear" + "-paper" * (o.protocol == "paper") + "-color" * (o.features == "color")
     e = open_evaluation(o, kind)
     sets = test_sets(e.manifest, o.test_data)  # before the work, so that a fault costs none
+    check_results(e, sets, "by_hyperparameter")
     records = graded(e.manifest, e.manifest.split("train"), "train")
     if o.protocol == "paper":
         records += [r for r in e.manifest.split("val") if r.grade is not None]

@@ -151,24 +151,13 @@ def open_weights(options: Any, kind: str) -> tuple[Weights, Path]:
 def open_evaluation(options: Any, kind: str) -> Evaluation:
     """Resolve weights, data (the run's own unless named), device and output folder.
 
-    Raises InputError without data, and when the folder holds results of other weights or data.
+    Raises InputError without data, and for an image size that the patch size does not divide.
     """
     weights, output = open_weights(options, kind)
     data = options.data or weights.run_options.get("data", "")
     if not data:
         raise InputError(f"{weights.path}: belongs to no run that names its data; add --data")
     manifest = open_manifest(data)
-    there = output / "results.json"
-    if there.is_file() and not options.overwrite:
-        ours = [weights.sha256, weights.network, manifest.fingerprint]
-        try:
-            old = json.loads(there.read_text("utf-8"))
-            theirs = [old["backbone"]["sha256"], old["backbone"]["network"]]
-            theirs.append(old["data"]["fingerprint"])
-        except (ValueError, KeyError, TypeError):
-            theirs = []  # damaged, or another program's
-        if theirs != ours:
-            raise InputError(f"{there}: is of other weights or data; --overwrite replaces it")
     device = pick_device(options.device)
     dtype = autocast_dtype(options.precision, device)
     patch, size = weights.spec.patch_size, options.image_size or weights.spec.image_size
@@ -176,6 +165,34 @@ def open_evaluation(options: Any, kind: str) -> Evaluation:
         raise InputError(f"--image-size {size}: expected a multiple of the patch size {patch}")
     backbone = load_backbone(weights)
     return Evaluation(options, weights, backbone.to(device), dtype, output, manifest, size)
+
+
+def check_results(
+    e: Evaluation, sets: dict[str, tuple[Manifest, list[Record]]], table: str
+) -> None:
+    """Raise InputError if writing the results of `sets` (data.test_sets) would replace others.
+
+    Others are those of other weights, other photographs, or another program, which shows in the
+    name of the `table` in results.json. `--overwrite` lets them be replaced.
+    """
+    for name, (manifest, _) in sets.items() if not e.options.overwrite else ():
+        there, ours = e.output / name / "results.json", [e.weights.sha256, e.weights.network]
+        if not there.is_file():
+            continue
+        ours += [e.manifest.fingerprint, manifest.fingerprint]
+        try:
+            old = json.loads(there.read_text("utf-8"))
+            theirs = [old["backbone"]["sha256"], old["backbone"]["network"]]
+            theirs.append(old["data"]["fingerprint"])
+            theirs.append(old["data"].get("test_fingerprint", theirs[-1]))
+            same = theirs == ours and table in old
+        except (ValueError, KeyError, TypeError, AttributeError):
+            same = False  # damaged, or not ours
+        if not same:
+            raise InputError(
+                f"{there}: holds results of other weights, other data or another program; "
+                "name another --output-dir, or --overwrite them"
+            )
 
 
 def cached_features(

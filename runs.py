@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from utils import InputError, commit, dump_options, log, write_atomic
+from utils import InputError, commit, dump_options, log, rewind_log, write_atomic
 
 
 # ------------------------------------------------------------------------------- processes, device
@@ -223,6 +223,8 @@ class RunFolder:
         if checkpoint.is_file():
             saved = load_torch(checkpoint)
             self._compare(saved, resumable, options.resume)
+            if processes.is_main:
+                rewind_log(self.path / "log.jsonl", saved["step"])
         text, config = dump_options(options), self.path / "config.yaml"
         if processes.is_main and not (config.is_file() and config.read_text() == text):
             write_atomic(config, lambda temporary: temporary.write_text(text))
@@ -311,10 +313,8 @@ class Progress:
         shown = "epoch loss lr images_per_s data_wait rankme knn_accuracy knn_majority knn_qwk"
         text = ", ".join(f"{k} {numbers[k]:.4g}" for k in shown.split() if k in numbers)
         if "knn_qwk" in record:
-            names = ("knn_accuracy", "knn_majority", "knn_qwk")
-            self.knn = ", val k-NN {:.3f} (majority {:.3f}), qwk {:.3f}".format(
-                *(record[name] for name in names)
-            )
+            said = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk {knn_qwk:.3f}"
+            self.knn = said.format(**record)
         if "loss" in record:
             self.bar.set_postfix_str(text + self.knn)
         if self.bar.disable and ("rankme" in record or began - self.said > 30):

@@ -6,6 +6,7 @@ processes that prepare data large; runs.py holds what a run needs of torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -98,9 +99,10 @@ def parse(
         if flags and end.code:
             print(f"These options were taken from {path} first: {flags}", file=sys.stderr)
         raise
+    named = {word.partition("=")[0].replace("_", "-") for word in arguments}
     for field in dataclasses.fields(options):
-        if getattr(options, field.name) == () != field.default:
-            flag = "--" + field.name.replace("_", "-")
+        flag = "--" + field.name.replace("_", "-")
+        if getattr(options, field.name) == () and (field.default != () or flag in named):
             raise InputError(f"{flag} has no value: give at least one, separated by blanks")
     return options, path
 
@@ -174,10 +176,12 @@ EXIT_CODES = {InputError: 2, Diverged: 3, Stopped: 75}
 def run_main(main: Any, options_class: type, *, default_config: Path | None = None) -> None:
     """Run `main(options, config file or None)` as a program; known errors are one message."""
     setup_log()
+    options = None
     try:
-        main(*parse(options_class, default_config=default_config))
+        options, config = parse(options_class, default_config=default_config)
+        main(options, config)
     except tuple(EXIT_CODES) as error:
-        if "--debug" in sys.argv:
+        if options.debug if options else "--debug" in sys.argv:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_CODES[type(error)])
@@ -224,6 +228,18 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; NaN and infinities are refused, since JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def rewind_log(path: Path, step: int) -> None:
+    """Drop what a JSON-lines log says of steps after `step`, and a last line that was cut short.
+
+    A crash loses the steps since the last checkpoint; the resumed run takes and logs them again.
+    """
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            kept += [line] if json.loads(line).get("step", 0) <= step else []
+    write_atomic(path, lambda temporary: temporary.write_text("".join(kept), "utf-8"))
 
 
 def sha256_of(path: Path) -> str:

@@ -15,12 +15,15 @@ from vision_transformer import Backbone, BackboneSpec, Weights
 PICO = BackboneSpec("vit_pico", 16, 32)
 
 
-def draw_prepared(folder: Path, train: int = 20, val: int = 10, test: int = 10) -> Manifest:
+def draw_prepared(
+    folder: Path, train: int = 20, val: int = 10, test: int = 10, seed: int = 0
+) -> Manifest:
     """Write a prepared folder of noisy 40 px pictures whose colour goes with the grade.
 
-    Grades go round 0-4; two consecutive rows of a split are two eyes of one patient.
+    Grades go round 0-4; two consecutive rows of a split are two eyes of one patient. Another seed
+    makes other photographs.
     """
-    rng, records = np.random.default_rng(0), []
+    rng, records = np.random.default_rng(seed), []
     (folder / "images").mkdir(parents=True)
     for split, count in (("train", train), ("val", val), ("test", test)):
         for i in range(count):
@@ -30,7 +33,8 @@ def draw_prepared(folder: Path, train: int = 20, val: int = 10, test: int = 10) 
             noise = rng.integers(-15, 16, (40, 40, 3))
             Image.fromarray((base + noise).clip(0, 255).astype(np.uint8)).save(folder / path)
             patient = f"{split}-{i // 2}"
-            records.append(Record(path, grade, patient, eye, split, sha256=f"{split}{i}"))
+            checksum = f"{split}{i}" + (f"-{seed}" if seed else "")
+            records.append(Record(path, grade, patient, eye, split, sha256=checksum))
     write_manifest(folder, records)
     return read_manifest(folder)
 

@@ -13,6 +13,8 @@ from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsClassifier
 
 import eval_knn
+import eval_linear
+import utils
 from data import PhotographDataset, grades_of
 from eval_knn import Options, evaluate, main
 from features import extract_features
@@ -147,3 +149,36 @@ def test_results_of_other_weights_are_not_replaced_unless_asked(run, tmp_path):
 def test_an_image_size_that_the_patch_does_not_divide_is_refused(run, size, tmp_path):
     with pytest.raises(InputError, match="--image-size"):
         main(options_of(run, image_size=size, output_dir=str(tmp_path), k=(3,)), None)
+
+
+def other_sets(run, tmp_path):
+    """Two prepared folders of one name, whose photographs are not the run's."""
+    for place, seed in (("a", 7), ("b", 8)):
+        helpers.draw_prepared(tmp_path / place / "test", train=1, val=1, test=5, seed=seed)
+        yield str(tmp_path / place / "test")
+
+
+def test_results_of_another_test_set_of_that_name_are_not_replaced(run, tmp_path):
+    first, second = other_sets(run, tmp_path)
+    here = {"k": (3,), "output_dir": str(tmp_path / "out")}
+    main(options_of(run, **here, test_data=(first,)), None)
+    main(options_of(run, **here, test_data=(first,)), None)  # the same again
+    written = tmp_path / "out" / "test" / "results.json"
+    before = written.read_text()
+    with pytest.raises(InputError, match="test/results.json.*--overwrite"):
+        main(options_of(run, **here, test_data=(second,)), None)
+    assert written.read_text() == before
+    main(options_of(run, **here, test_data=(second,), overwrite=True), None)
+    assert written.read_text() != before
+
+
+def test_results_of_the_linear_probe_are_not_replaced(run, tmp_path):
+    here = {"output_dir": str(tmp_path / "out"), "pretrained": str(run[0]), "device": "cpu"}
+    eval_linear.main(eval_linear.Options(**here, epochs=1, workers=0, precision="fp32"), None)
+    with pytest.raises(InputError, match="another program"):
+        main(options_of(run, k=(3,), output_dir=here["output_dir"]), None)
+
+
+def test_test_data_without_a_folder_is_refused(run):
+    with pytest.raises(InputError, match="--test-data has no value"):
+        utils.parse(Options, ["--test-data", "--pretrained", str(run[0])])

@@ -123,6 +123,16 @@ def test_fresh_folder_says_how_it_came_about(options):
     )
 
 
+def test_log_goes_back_to_the_checkpoint(options):
+    """A crash after step 5 with the state saved at 3, in the middle of a line."""
+    log = stop_in(options, step=3) / "log.jsonl"
+    first = log.read_text()
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 6)]
+    log.write_text(first + "".join(lines) + '{"step": 6, "lo')
+    reopen(options)
+    assert log.read_text() == first + "".join(lines[:3])
+
+
 def test_config_tells_the_epochs_that_a_resumed_run_has(options):
     folder = stop_in(options)
     reopen(replace(options, epochs=5))

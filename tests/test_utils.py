@@ -297,8 +297,11 @@ def test_exit_codes(kind, code):
         assert done.stderr == f"{kind}: the reason\n"
 
 
-def test_debug_shows_the_traceback():
-    command = [sys.executable, "-c", SCRIPT, "--kind", "InputError", "--debug"]
+@pytest.mark.parametrize("by", ["flag", "file"])
+def test_debug_shows_the_traceback(by, tmp_path):
+    (tmp_path / "o.yaml").write_text("debug: true\n")
+    flags = ["--debug"] if by == "flag" else ["--config", str(tmp_path / "o.yaml")]
+    command = [sys.executable, "-c", SCRIPT, "--kind", "InputError", *flags]
     environment = child_environment(PYTHONPATH=str(HERE))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" in done.stderr and "the reason" in done.stderr
