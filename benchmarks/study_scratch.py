@@ -7,7 +7,8 @@
 `--draw-seed` draws 1,000 synthetic photographs of that seed into `--data` first, so that nothing is
 tuned on those of `--data synthetic`. Writes runs/study-NAME-SEED/, docs/scratch-NAME.png and
 benchmarks/results/scratch-NAME.json, which says for every seed whether it held over the last half
-of training. Further options go to SSRL.py, to try a change of the recipe.
+of training, and how the untrained and the trained network's 15-NN score on the test split, or on
+`--test-data`. Further options go to SSRL.py, to try a change of the recipe.
 """
 
 from __future__ import annotations
@@ -67,6 +68,18 @@ def judge(seen: dict[str, np.ndarray], log_k: float) -> dict[str, Any]:
     return {"held": all(checks.values()), "checks": checks} | numbers
 
 
+def score(run: Path, weights: str, test_data: str | None) -> dict[str, Any]:
+    """Return metrics of the 15-NN on frozen features of a run's weights, and its majority line."""
+    folder = run / ("knn" if weights == "" else f"knn-{weights.split('-')[1].split('.')[0]}")
+    command = [sys.executable, str(ROOT / "eval_knn.py"), "--pretrained", str(run / weights)]
+    command += ["--k", "15", "--overwrite"] + (["--test-data", test_data] if test_data else [])
+    subprocess.run(command, check=True)
+    found = [p for p in folder.glob("*/results.json") if test_data] or [folder / "results.json"]
+    results = json.loads(found[0].read_text("utf-8"))
+    kept = {k: results["metrics"][k] for k in ("accuracy", "qwk", "referable_auroc")}
+    return kept | {"images": results["data"]["test"]["images"], "majority": results["majority"]}
+
+
 def draw(curves: list[dict[str, np.ndarray]], log_k: float, title: str, path: Path) -> None:
     """Draw each quantity against the epoch, a line for each seed."""
     figure = Figure(figsize=(11, 5.5), layout="constrained")
@@ -90,6 +103,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--draw-seed", type=int, help="draw synthetic photographs of this seed")
+    parser.add_argument("--test-data", help="test the 15-NN on this, not on the test split")
     o, more = parser.parse_known_args()
     if o.draw_seed is not None and not (Path(o.data) / "manifest.csv").is_file():
         code = "import data, pathlib, sys; data.draw_folder(pathlib.Path(sys.argv[1]), 1000, {})"
@@ -105,10 +119,15 @@ def main() -> None:
         log_k = math.log(first["options"]["out_dim"])
         curves.append(seen)
         verdicts[f"seed {seed}"] = judge(seen, log_k)
+        knn = {"untrained": score(run, "checkpoint-0000.pth", o.test_data)}
+        verdicts[f"seed {seed}"]["knn"] = knn | {"trained": score(run, "", o.test_data)}
         print(json.dumps(verdicts[f"seed {seed}"], indent=2))
     versions = first["versions"]
     title = f"{o.name}: {o.config}, {len(o.seeds)} seeds, {versions['device']}"
     draw(curves, log_k, title, ROOT / "docs" / f"scratch-{o.name}.png")
+    pairs = [verdict["knn"] for verdict in verdicts.values()]
+    gains = [p["trained"]["qwk"]["value"] - p["untrained"]["qwk"]["value"] for p in pairs]
+    verdicts["gain in QWK"] = {"mean": float(np.mean(gains)), "std": float(np.std(gains, ddof=1))}
     about = {"options": first["options"], "versions": versions, "verdicts": verdicts}
     path = ROOT / "benchmarks" / "results" / f"scratch-{o.name}.json"
     path.parent.mkdir(exist_ok=True)
