@@ -128,7 +128,11 @@ def main() -> None:
     pairs = [verdict["knn"] for verdict in verdicts.values()]
     gains = [p["trained"]["qwk"]["value"] - p["untrained"]["qwk"]["value"] for p in pairs]
     verdicts["gain in QWK"] = {"mean": float(np.mean(gains)), "std": float(np.std(gains, ddof=1))}
-    about = {"options": first["options"], "versions": versions, "verdicts": verdicts}
+    about = {
+        "options": first["options"] | {"data": Path(o.data).name},
+        "versions": versions,
+        "verdicts": verdicts,
+    }
     path = ROOT / "benchmarks" / "results" / f"scratch-{o.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(about, indent=2) + "\n")
