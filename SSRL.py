@@ -16,7 +16,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,9 +50,7 @@ class Options(data.DataOptions, RunOptions):
 
     arch: vit.Arch = "vit_small"  # Backbone.
     patch_size: int = 16  # Side of a patch in pixels; the paper uses 8 and 16.
-    init: str = "timm:vit_small_patch16_224.dino"
-    """Weights that student and teacher start from: as --pretrained of the evaluation scripts, or
-    none (from scratch). timm:NAME downloads them."""
+    init: str = "timm:vit_small_patch16_224.dino"  # Weights to start from, or none (from scratch).
     checkpoint_key: Literal["teacher", "student"] = "teacher"  # Which network of an --init file.
     epochs: int = 100  # Passes over the training photographs.
     batch_size: Annotated[int, tyro.conf.arg(aliases=("--batch-size-per-gpu",))] = 64
@@ -147,6 +145,7 @@ class State:
     step: int = 0
     skipped: int = 0  # steps that overflowed in fp16
     best_qwk: float = -1.0  # of the k-NN on val
+    losses: list[Tensor] = field(default_factory=list)  # since the last line of the log
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, lists and dicts alone."""
@@ -157,6 +156,7 @@ class State:
         for name in ("student", "teacher", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
         self.center.copy_(saved["center"])
+        self.losses = [loss.to(self.center) for loss in saved["losses"]]
         self.step, self.skipped, self.best_qwk = (saved[k] for k in ("step", "skipped", "best_qwk"))
 
 
@@ -190,7 +190,6 @@ def build_optimizer(student: Network, name: str) -> torch.optim.Optimizer:
     return timm.optim.Lars(groups, lr=0.0, momentum=0.9)
 
 
-# -------------------------------------------------------------------------------------------- step
 @dataclass(frozen=True)
 class Run:
     """What stays the same throughout training."""
@@ -271,8 +270,12 @@ def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> 
         if o.centering == "mean":
             losses.update_center(state.center, mean)
     state.step += 1
+    state.losses.append(total)
     now |= {"step": state.step, "loss": total, "waited": waited, "skipped": state.skipped}
-    return now | (losses.spread(targets) if state.step % o.log_every == 0 else {})
+    if state.step % o.log_every == 0:
+        now |= losses.spread(targets) | {"loss": torch.stack(state.losses).mean()}
+        state.losses.clear()
+    return now
 
 
 def apply_gradients(state: State, run: Run) -> bool:
@@ -317,10 +320,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 # ------------------------------------------------------------------------------------------ epochs
 def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -> None:
-    """Train from the state's step to the last one, saving as it goes.
-
-    Raises Stopped, with the state saved, after SIGTERM or SIGINT; the second one ends at once.
-    """
+    """Train from the state's step to the last one, saving as it goes; a signal raises Stopped."""
     o, per_epoch = run.options, run.steps_per_epoch
     stop, watch = runs.StopSignal(run.processes), Watch(run, dataset.manifest)
     sampler.set_range(state.step, run.total_steps)
@@ -335,14 +335,12 @@ def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -
     while state.step < run.total_steps:
         progress.update(train_step(state, batches, run), state.step / per_epoch)
         epoch, within = divmod(state.step, per_epoch)
-        began = time.monotonic()
-        if main and within == 0:
-            progress.record(watch(state, epoch, progress.latest))
-        stopped = stop.agreed()
-        due = within == 0 or stopped or time.monotonic() - saved > 60 * o.save_minutes
-        if main and due:
+        began, stopped = time.monotonic(), stop.agreed()
+        if main and (within == 0 or stopped or began - saved > 60 * o.save_minutes):
             save(state, run, epoch if within == 0 else None)
             saved = time.monotonic()
+        if main and within == 0:  # saved before, since it may take longer than a stop leaves
+            progress.record(watch(state, epoch, progress.latest))
         progress.since += time.monotonic() - began  # throughput is that of steps
         if stopped:
             raise Stopped(f"step {state.step} saved; goes on with --output-dir {run.folder.path}")
@@ -386,7 +384,8 @@ class Watch:
             record |= self._knn(state)
             if epoch and record["knn_qwk"] > state.best_qwk:
                 state.best_qwk = record["knn_qwk"]
-                save(state, self.run, name="checkpoint-best.pth")
+                for name in ("checkpoint-best.pth", "checkpoint.pth"):  # both know of the best
+                    save(state, self.run, name=name)
         return record
 
     def _knn(self, state: State) -> dict[str, float]:
@@ -403,7 +402,6 @@ class Watch:
         return found["cls"][:, -1]
 
 
-# -------------------------------------------------------------------------------------------- main
 def build_run(
     o: Options, processes: runs.Processes, folder: runs.RunFolder, sampler: data.StepSampler
 ) -> tuple[State, Run]:
@@ -433,8 +431,9 @@ def main(o: Options, config: Path | None) -> None:
             manifest = data.open_manifest(o.data)
         records = manifest.split("train")
         sampler = data.StepSampler(len(records), o.batch_size, o.accumulate, processes, o.seed)
-        state, run = build_run(o, processes, folder, sampler)
         checkpoint = folder.open(o, manifest.fingerprint, RESUMABLE, processes)
+        start = replace(o, init="none") if checkpoint else o  # the checkpoint has the weights
+        state, run = build_run(start, processes, folder, sampler)
         if checkpoint:
             state.load_state_dict(checkpoint)
             log.info("resumed at step %d of %d", state.step, run.total_steps)

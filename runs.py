@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from utils import InputError, commit, dump_options, log, rewind_log, write_atomic
+from utils import InputError, commit, dump_options, log, split_log, write_atomic
 
 
 # ------------------------------------------------------------------------------- processes, device
@@ -47,6 +48,14 @@ class Processes:
         """Wait for all processes."""
         if self.world > 1:
             dist.barrier()
+
+    def agree(self, value: int, what: str) -> None:
+        """Raise InputError on all processes unless `value` is the same on all."""
+        if self.world > 1:
+            span = torch.tensor([value, -value], device=self.device)
+            dist.all_reduce(span, op=dist.ReduceOp.MAX)
+            if span[0] != -span[1]:
+                raise InputError(f"the processes do not see the same {what}; share the folder")
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -216,15 +225,23 @@ class RunFolder:
         self.options = {k: v for k, v in plain.items() if k not in ignored}
         self.options["processes"] = processes.world  # with the batch size it makes the step
         self.data = data
-        checkpoint, saved = self.path / "checkpoint.pth", None
+        saved, record = None, self.path / "log.jsonl"
         with processes.main_first():
             if options.overwrite and processes.is_main and self.path.is_dir():
                 self._clear()
-        if checkpoint.is_file():
-            saved = load_torch(checkpoint)
-            self._compare(saved, resumable, options.resume)
-            if processes.is_main:
-                rewind_log(self.path / "log.jsonl", saved["step"])
+        if (self.path / "checkpoint.pth").is_file():
+            saved = load_torch(self.path / "checkpoint.pth")
+            defaults = {field.name: field.default for field in dataclasses.fields(options)}
+            self._compare(defaults | saved["options"], saved["data"], resumable, options.resume)
+        processes.agree(saved["step"] if saved else -1, f"the step of {self.path}/checkpoint.pth")
+        told, lost = split_log(record, saved["step"] if saved else 0)
+        if lost and not saved:
+            raise InputError(
+                f"{self.path} holds a run without its checkpoint.pth, which it needs to go on; "
+                "give another --output-dir, or --overwrite to start anew in it"
+            )
+        if processes.is_main and record.is_file():
+            write_atomic(record, lambda temporary: temporary.write_text(told if saved else ""))
         text, config = dump_options(options), self.path / "config.yaml"
         if processes.is_main and not (config.is_file() and config.read_text() == text):
             write_atomic(config, lambda temporary: temporary.write_text(text))
@@ -241,15 +258,18 @@ class RunFolder:
             raise InputError(f"--overwrite: {self.path} holds no run (config.yaml); name another")
         shutil.rmtree(self.path)
 
-    def _compare(self, saved: dict[str, Any], resumable: tuple[str, ...], resume: str) -> None:
-        old, new = saved["options"], self.options
+    def _compare(
+        self, old: dict[str, Any], data: str, resumable: tuple[str, ...], resume: str
+    ) -> None:
+        old = {k: list(v) if isinstance(v, tuple) else v for k, v in old.items()}
+        new = self.options
         changed = {k: f"{old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
         if changed.get("epochs") and new["epochs"] > old["epochs"]:
             log.info("resume: epochs %s", changed.pop("epochs"))
         for name in resumable:
             if name in changed:
                 log.info("resume: %s %s", name, changed.pop(name))
-        if saved["data"] != self.data:
+        if data != self.data:
             changed["data"] = "other photographs, grades or splits"
         elif changed.pop("data", None):
             log.info("resume: the same data at %s", new["data"])
@@ -275,8 +295,7 @@ class Progress:
         self.folder, self.batch, self.main = folder, batch, main
         self.bar = tqdm(total=total, initial=start, unit="step", disable=None if main else True)
         self.step, self.total = start, total
-        self.losses: list[torch.Tensor] = []
-        self.waited, self.since, self.said, self.knn = 0.0, time.monotonic(), 0.0, ""
+        self.steps, self.waited, self.since, self.said, self.knn = 0, 0.0, time.monotonic(), 0.0, ""
         self.latest: dict[str, Any] = {}  # the last measurements written
         self.events = None
         if main:
@@ -288,18 +307,17 @@ class Progress:
     def update(self, measured: dict[str, Any], epoch: float) -> None:
         """Count one step; measurements that come with an entropy are written down."""
         self.step = measured["step"]
-        self.losses.append(measured["loss"])
+        self.steps += 1
         self.waited += measured.pop("waited")
         self.bar.update()
         if "teacher_entropy" not in measured:
             return
         spent = time.monotonic() - self.since
-        self.latest = {"epoch": epoch} | measured
-        self.latest["loss"] = float(torch.stack(self.losses).mean())
-        self.latest["images_per_s"] = self.batch * len(self.losses) / spent
+        self.latest = {"epoch": epoch} | measured | {"loss": float(measured["loss"])}
+        self.latest["images_per_s"] = self.batch * self.steps / spent
         self.latest["data_wait"] = self.waited / spent
         self.record(self.latest)
-        self.losses, self.waited, self.since = [], 0.0, time.monotonic()
+        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
 
     def record(self, record: dict[str, Any]) -> None:
         """Write a record to log.jsonl and TensorBoard, and show its main numbers."""

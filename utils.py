@@ -64,7 +64,8 @@ class RunOptions:
     """Show the traceback of errors that are otherwise one message."""
 
     def __post_init__(self) -> None:
-        check_options(self, "workers seed", lambda v: v >= 0, "0 or more")
+        check_options(self, "workers", lambda v: v >= 0, "0 or more")
+        check_options(self, "seed", lambda v: 0 <= v < 2**32, "0 to 2^32 - 1")
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -207,7 +208,10 @@ def setup_log() -> None:
 
 def write_atomic(path: Path, write: typing.Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path.parent}: is no folder but a file; name another") from None
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
     temporary = Path(name)
@@ -230,16 +234,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def rewind_log(path: Path, step: int) -> None:
-    """Drop what a JSON-lines log says of steps after `step`, and a last line that was cut short.
+def split_log(path: Path, step: int) -> tuple[str, str]:
+    """Return what a JSON-lines log says up to `step`, and what of later steps.
 
-    A crash loses the steps since the last checkpoint; the resumed run takes and logs them again.
+    A crash loses the steps since the last checkpoint; the resumed run takes and logs them again. A
+    last line that was cut short is in neither.
     """
-    kept = []
+    parts: tuple[list[str], list[str]] = [], []
     for line in path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else ():
         with contextlib.suppress(ValueError):
-            kept += [line] if json.loads(line).get("step", 0) <= step else []
-    write_atomic(path, lambda temporary: temporary.write_text("".join(kept), "utf-8"))
+            parts[json.loads(line).get("step", 0) > step].append(line)
+    return "".join(parts[0]), "".join(parts[1])
 
 
 def sha256_of(path: Path) -> str:

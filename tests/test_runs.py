@@ -123,6 +123,35 @@ def test_fresh_folder_says_how_it_came_about(options):
     )
 
 
+def test_a_run_without_its_checkpoint_is_not_started_over(options):
+    folder = stop_in(options)
+    (folder / "checkpoint.pth").unlink()
+    reopen(replace(options, lr=0.1))  # it had come to no step
+    first, *more = (folder / "log.jsonl").read_text().splitlines()
+    assert json.loads(first)["options"]["lr"] == 0.1 and not more
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 4, "loss": 1.0}) + "\n")
+    with pytest.raises(InputError, match="without its checkpoint.pth"):
+        reopen(options)
+    assert reopen(replace(options, overwrite=True)) is None
+
+
+def test_an_option_that_came_later_has_its_default(options):
+    folder = stop_in(options)
+    saved = load_torch(folder / "checkpoint.pth")
+    del saved["options"]["koleo_weight"]
+    save_torch(saved, folder / "checkpoint.pth")
+    assert reopen(options)["step"] == 3
+    with pytest.raises(InputError, match="koleo_weight: 0.0 -> 0.1"):
+        reopen(replace(options, koleo_weight=0.1))
+
+
+def test_a_file_in_the_place_of_a_folder(options):
+    Path("taken").touch()
+    with pytest.raises(InputError, match="taken: is no folder but a file"):
+        reopen(replace(options, output_dir="taken"))
+
+
 def test_log_goes_back_to_the_checkpoint(options):
     """A crash after step 5 with the state saved at 3, in the middle of a line."""
     log = stop_in(options, step=3) / "log.jsonl"
@@ -326,7 +355,7 @@ def test_progress_writes_json_lines(tmp_path, monkeypatch):
     progress.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 5]
-    assert lines[0]["loss"] == 3.0 and lines[0]["epoch"] == 2.0 and lines[0]["lr"] == 0.1
+    assert lines[0]["loss"] == 2.0 and lines[0]["epoch"] == 2.0 and lines[0]["lr"] == 0.1
     assert lines[0]["images_per_s"] > 0 and lines[0]["data_wait"] == 0
     assert lines[1] == {"step": 5, "rankme": 3.5}
 

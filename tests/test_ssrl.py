@@ -3,6 +3,7 @@
 Run with `python -m pytest tests/test_ssrl.py`; whole runs are in test_ssrl_runs.py.
 """
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -172,6 +173,26 @@ def test_step_is_the_naive_one(tiny, koleo_weight):
 def test_koleo_wants_a_neighbour(tiny):
     with pytest.raises(ValueError, match="koleo-weight 0.1: expected 0, or a batch above 1"):
         tiny(koleo_weight=0.1, batch_size=1)
+
+
+def test_logged_loss_is_the_mean_since_the_last_one_whenever_it_stopped(tiny):
+    o = tiny(log_every=3)
+    state, run, dataset = build(o)
+    batches = [collate(dataset, range(8 * (i % 5), 8 * (i % 5) + 8)) for i in range(6)]
+    seen = [SSRL.train_step(state, iter([batch]), run) for batch in batches]
+    assert ["teacher_entropy" in m for m in seen] == [False, False, True] * 2
+    state, run, _ = build(tiny(log_every=1))
+    alone = torch.stack([SSRL.train_step(state, iter([b]), run)["loss"] for b in batches])
+    assert seen[2]["loss"] == alone[:3].mean() and seen[5]["loss"] == alone[3:].mean()
+
+    state, run, _ = build(o)
+    single = [SSRL.train_step(state, iter([batch]), run)["loss"] for batch in batches[:2]]
+    last = [SSRL.train_step(state, iter([batch]), run) for batch in batches[2:4]]
+    assert single == [m["loss"] for m in seen[:2]] and last[0]["loss"] == seen[2]["loss"]
+    saved, (state, run, _) = copy.deepcopy(state.state_dict()), build(o)
+    state.load_state_dict(saved)
+    again = [SSRL.train_step(state, iter([batch]), run) for batch in batches[4:]]
+    assert again[-1]["loss"] == seen[-1]["loss"] and not state.losses
 
 
 def test_accumulated_micro_batches_are_one_batch(tiny):
