@@ -44,6 +44,8 @@ class Options(BackboneOptions, DataOptions, RunOptions):
         super().__post_init__()
         check_options(self, "temperature", lambda v: v > 0, "above 0")
         check_options(self, "k", lambda v: v and min(v) > 0, "numbers from 1")
+        if self.protocol == "paper":
+            check_options(self, "image_size", lambda v: not v, "none with --protocol paper")
 
 
 def evaluate(
@@ -64,21 +66,21 @@ def main(o: Options, config: Path | None) -> None:
     """Grade the test split, and every `--test-data`."""
     e = open_evaluation(o, "knn" if o.protocol == "whole" else "knn-paper")
     sets = test_sets(e.manifest, o.test_data)  # before the work, so that a fault costs none
-    check_results(e, sets, "by_k")
+    headline = HEADLINE if HEADLINE in o.k else o.k[-1]
+    protocol = f"{headline}-NN, {o.protocol} view of {e.image_size} px"
+    if o.protocol == "paper":
+        protocol = f"{headline}-NN, the paper's view (256, middle 224)"
+    check_results(e, sets, protocol)
     view = WholeView(e.image_size) if o.protocol == "whole" else PaperView()
     voters = graded(e.manifest, e.manifest.split("train"), "train")
     if o.protocol == "paper":
         voters += [r for r in e.manifest.split("val") if r.grade is not None]
     bank = cached_features(e, e.manifest, voters, view)["cls"][:, -1]
-    headline = HEADLINE if HEADLINE in o.k else o.k[-1]
     for name, (manifest, records) in sets.items():
         queries = cached_features(e, manifest, records, view)["cls"][:, -1]
         bank_grades = torch.from_numpy(grades_of(voters))
         votes = knn_predict(bank, bank_grades, queries, o.k, o.temperature)
         predictions, by_k = evaluate(votes, records, headline)
-        protocol = f"{headline}-NN, {o.protocol} view of {e.image_size} px"
-        if o.protocol == "paper":
-            protocol = f"{headline}-NN, the paper's view (256, middle 224)"
         data = describe(e.manifest, manifest, records)
         output = e.output / name
         summary = metrics.report(predictions, grades_of(voters), output, protocol)

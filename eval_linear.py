@@ -76,12 +76,12 @@ class Options(BackboneOptions, DataOptions, RunOptions):
         check_options(self, "lr", lambda v: all(0 < x < np.inf for x in v), "numbers above 0")
         check_options(self, "weight_decay", lambda v: all(0 <= x < np.inf for x in v), "0 or more")
         if self.protocol == "paper":
-            self.select = "accuracy"  # what the published code keeps the best epoch of
-            fixed = ("lr", "weight_decay", "image_size", "features")
+            fixed = ("lr", "weight_decay", "image_size", "features", "batch_size", "select")
             plain = {f.name: f.default for f in fields(self)}
             changed = [n for n in fixed if getattr(self, n) != plain[n]]
             if changed:
                 raise InputError(f"--protocol paper fixes {', '.join(changed)}; leave them out")
+            self.select = "accuracy"  # what the published code keeps the best epoch of
 
 
 def probe_input(found: dict[str, Tensor], arch: str, o: Options) -> Tensor:
@@ -237,7 +237,12 @@ def main(o: Options, config: Path | None) -> None:
     kind = "linear" + "-paper" * (o.protocol == "paper") + "-color" * (o.features == "color")
     e = open_evaluation(o, kind)
     sets = test_sets(e.manifest, o.test_data)  # before the work, so that a fault costs none
-    check_results(e, sets, "by_hyperparameter")
+    protocol = f"linear probe, whole view of {e.image_size} px, epoch and setting chosen on val"
+    if o.protocol == "paper":
+        protocol = "linear probe, the paper's: best epoch on the test split"
+    if o.features == "color":
+        protocol += ", on colour alone"
+    check_results(e, sets, protocol)
     records = graded(e.manifest, e.manifest.split("train"), "train")
     if o.protocol == "paper":
         records += [r for r in e.manifest.split("val") if r.grade is not None]
@@ -245,11 +250,6 @@ def main(o: Options, config: Path | None) -> None:
     weight, bias, rows = (fit_paper if o.protocol == "paper" else fit_whole)(e, o, records)
     save_head(e, o, weight, bias)
     view = PaperView() if o.protocol == "paper" else WholeView(e.image_size)
-    protocol = f"linear probe, whole view of {e.image_size} px, epoch and setting chosen on val"
-    if o.protocol == "paper":
-        protocol = "linear probe, the paper's: best epoch on the test split"
-    if o.features == "color":
-        protocol += ", on colour alone"
     for name, (manifest, tested) in sets.items():
         found = cached_features(e, manifest, tested, view)
         shares = (probe_input(found, e.weights.spec.arch, o) @ weight + bias).softmax(1).numpy()

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -163,17 +164,19 @@ def open_evaluation(options: Any, kind: str) -> Evaluation:
     patch, size = weights.spec.patch_size, options.image_size or weights.spec.image_size
     if size < 1 or size % patch:
         raise InputError(f"--image-size {size}: expected a multiple of the patch size {patch}")
+    if options.protocol == "paper" and 224 % patch:
+        raise InputError(f"--protocol paper: its view of 224 px is no multiple of patch {patch}")
     backbone = load_backbone(weights)
     return Evaluation(options, weights, backbone.to(device), dtype, output, manifest, size)
 
 
 def check_results(
-    e: Evaluation, sets: dict[str, tuple[Manifest, list[Record]]], table: str
+    e: Evaluation, sets: dict[str, tuple[Manifest, list[Record]]], protocol: str
 ) -> None:
     """Raise InputError if writing the results of `sets` (data.test_sets) would replace others.
 
-    Others are those of other weights, other photographs, or another program, which shows in the
-    name of the `table` in results.json. `--overwrite` lets them be replaced.
+    Others are those of other weights, other photographs or another protocol, in which the number of
+    neighbours that it begins with does not count. `--overwrite` lets them be replaced.
     """
     for name, (manifest, _) in sets.items() if not e.options.overwrite else ():
         there, ours = e.output / name / "results.json", [e.weights.sha256, e.weights.network]
@@ -185,12 +188,13 @@ def check_results(
             theirs = [old["backbone"]["sha256"], old["backbone"]["network"]]
             theirs.append(old["data"]["fingerprint"])
             theirs.append(old["data"].get("test_fingerprint", theirs[-1]))
-            same = theirs == ours and table in old
+            kind, other = (re.sub(r"^\d+", "", text) for text in (protocol, old["protocol"]))
+            same = theirs == ours and kind == other
         except (ValueError, KeyError, TypeError, AttributeError):
             same = False  # damaged, or not ours
         if not same:
             raise InputError(
-                f"{there}: holds results of other weights, other data or another program; "
+                f"{there}: holds results of other weights, other data or another protocol; "
                 "name another --output-dir, or --overwrite them"
             )
 

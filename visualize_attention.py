@@ -26,7 +26,7 @@ from features import open_weights
 from layouts import SUFFIXES
 from photographs import PhotographError, load_photograph
 from runs import autocast_dtype, pick_device
-from utils import InputError, RunOptions, log, run_main, write_atomic
+from utils import InputError, RunOptions, log, run_main, sha256_of, write_atomic
 from vision_transformer import Backbone, BackboneOptions, load_backbone
 
 
@@ -152,13 +152,13 @@ def write_results(
     write_atomic(output / f"{name}.npz", write)
 
 
-def made_by(numbers: Path) -> str:
-    """Return the sha256 of the weights that a .npz of ours names, empty where it is damaged."""
+def made_of(numbers: Path) -> tuple[str, str]:
+    """Return what a .npz of ours says of its weights and photograph; empty where it is damaged."""
     try:
         with np.load(numbers) as file:
-            return str(file["backbone"])
+            return str(file["backbone"]), str(file["photograph"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return ""
+        return "", ""
 
 
 def main(o: Options, config: Path | None) -> None:
@@ -170,13 +170,15 @@ def main(o: Options, config: Path | None) -> None:
     failed = []
     for name, path in tqdm(photographs.items(), desc="attention", disable=None):
         there = output / f"{name}.npz"
-        if there.is_file() and not o.overwrite and made_by(there) != weights.sha256:
-            raise InputError(f"{there}: is of other weights; --overwrite replaces it")
         try:
             photograph = load_photograph(path, o.image_size)
         except PhotographError as error:
             failed.append(f"{path}: {error}")
             continue
+        origin = f"{weights.sha256} {weights.network}".strip(), sha256_of(path)
+        if there.is_file() and not o.overwrite and made_of(there) != origin:
+            what = "is of other weights or another photograph"
+            raise InputError(f"{there}: {what}; --overwrite replaces it, --output-dir spares it")
         attention = attend(backbone, photograph, dtype)
         mask = strongest(attention.mean(axis=0), o.threshold)
         patch = backbone.spec.patch_size
@@ -185,7 +187,8 @@ def main(o: Options, config: Path | None) -> None:
             "mask": mask,
             "threshold": np.array(o.threshold),
             "patch_size": np.array(patch),
-            "backbone": np.array(weights.sha256),
+            "backbone": np.array(origin[0]),
+            "photograph": np.array(origin[1]),
         }
         write_results(output, name, draw(photograph, attention, mask, patch), numbers)
     log.info("%d photographs in %s", len(photographs) - len(failed), output)

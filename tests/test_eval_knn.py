@@ -175,7 +175,7 @@ def test_results_of_another_test_set_of_that_name_are_not_replaced(run, tmp_path
 def test_results_of_the_linear_probe_are_not_replaced(run, tmp_path):
     here = {"output_dir": str(tmp_path / "out"), "pretrained": str(run[0]), "device": "cpu"}
     eval_linear.main(eval_linear.Options(**here, epochs=1, workers=0, precision="fp32"), None)
-    with pytest.raises(InputError, match="another program"):
+    with pytest.raises(InputError, match="another protocol"):
         main(options_of(run, k=(3,), output_dir=here["output_dir"]), None)
 
 

@@ -26,7 +26,8 @@ SETTINGS = [(0.5, 0.0), (0.1, 1e-2), (0.01, 0.3), (1e-3, 0.0)]
 
 
 def options(**changed) -> Options:
-    values = {"workers": 0, "device": "cpu", "precision": "fp32", "epochs": 5, "batch_size": 16}
+    values = {"workers": 0, "device": "cpu", "precision": "fp32", "epochs": 5}
+    values |= {} if changed.get("protocol") == "paper" else {"batch_size": 16}
     return Options(**(values | changed))
 
 
@@ -201,7 +202,13 @@ def test_input_by_architecture_and_protocol(arch, protocol, width):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"epochs": 0}, {"batch_size": 0}, {"features": "color", "protocol": "paper"}]
+    "changed",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"features": "color", "protocol": "paper"},
+        {"select": "accuracy", "protocol": "paper"},
+    ],
 )
 def test_options_that_cannot_be_are_refused(changed):
     with pytest.raises(InputError):

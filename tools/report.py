@@ -48,7 +48,8 @@ def tabulate(runs: list[Path]) -> list[list[str]]:
     for run in runs:
         for name, results in read_results(run):
             data = results["data"]
-            test_set = data.get("test_fingerprint", data["fingerprint"])
+            fingerprint = data.get("test_fingerprint", data["fingerprint"])
+            test_set = fingerprint, str(data["test"]), results["majority"]["grade"]
             images = str(data["test"]["images"])
             if test_set not in told:
                 told.add(test_set)
