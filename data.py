@@ -27,7 +27,7 @@ import synthetic
 from layouts import Manifest, Record, open_data, read_manifest, split_patients, write_manifest
 from photographs import PhotographError, crop_square, find_fundus, load_photograph, open_photograph
 from runs import Processes
-from utils import InputError, log, sha256_of
+from utils import InputError, log, sha256_of, write_json
 
 GRADES = 5  # ICDR's 0-4
 RAW_SIZE = 512  # side to which photographs that nobody prepared are brought as they are read
@@ -94,6 +94,7 @@ def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
         drawn = pool.map(partial(_draw_eye, folder), eyes, chunksize=8)
         digests = list(tqdm(drawn, total=count, desc="draw", disable=None))
     records = [replace(r, sha256=digest) for r, digest in zip(records, digests, strict=True)]
+    write_json(folder / "data_report.json", {"layout": "synthetic", "size": SYNTHETIC_SIZE})
     write_manifest(folder, split_patients(records))
 
 

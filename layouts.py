@@ -95,7 +95,8 @@ def read_manifest(folder) -> Manifest:
         records.append(record)
     _check_files(root, rows)
     _check_leaks(records, root / "manifest.csv")
-    prepared = "sha256" in row  # a column of write_manifest; without it, a list of raw photographs
+    # What prepare_data.py leaves beside it; without that, a list of photographs as they are.
+    prepared = (root / "data_report.json").is_file()
     return Manifest(root, tuple(records), prepared, "prepared" if prepared else "manifest")
 
 

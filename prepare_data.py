@@ -85,7 +85,9 @@ def prepare_photograph(task: Task) -> dict[str, Any]:
     os.replace(temporary, task.target)
     facts = {"path": task.path} | dict(zip(Photograph._fields[1:], found, strict=True))
     facts |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    return facts | {"source_bytes": task.source.stat().st_size}
+    status = task.source.stat()
+    facts |= {"source_bytes": status.st_size, "source_ns": status.st_mtime_ns}
+    return facts | {"allow_truncated": task.allow_truncated}
 
 
 def prepare_photographs(tasks: list[Task], workers: int) -> Iterator[dict[str, Any]]:
@@ -134,8 +136,11 @@ def picture_paths(records: tuple[Record, ...]) -> dict[str, str]:
     return pictures
 
 
-def open_journal(out: Path, size: int) -> dict[str, dict[str, Any]]:
-    """Make `out` if need be; return what an earlier run finished in it, by photograph."""
+def open_journal(out: Path, how: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Make `out` if need be; return what an earlier run finished in it, by photograph.
+
+    Raises InputError for other data, or what was prepared with other options than `how`.
+    """
     file = out / "prepare.jsonl"
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -143,10 +148,12 @@ def open_journal(out: Path, size: int) -> dict[str, dict[str, Any]]:
             entries.append(json.loads(line))
     if not entries and ((out / "manifest.csv").exists() or (out / "images").exists()):
         raise InputError(f"--out {out}: holds other data; give a new folder")
-    if entries and entries[0]["size"] != size:
-        raise InputError(f"--out {out}: made with --size {entries[0]['size']}; give a new folder")
+    for name, value in how.items() if entries else ():
+        if entries[0].get(name) != value:
+            made = f"made with --{name} {entries[0].get(name)}"
+            raise InputError(f"--out {out}: {made}; give a new folder")
     done = {entry["path"]: entry for entry in entries[1:]}
-    text = "".join(json.dumps(entry) + "\n" for entry in [{"size": size}, *done.values()])
+    text = "".join(json.dumps(entry) + "\n" for entry in [how, *done.values()])
     write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return done
 
@@ -154,8 +161,12 @@ def open_journal(out: Path, size: int) -> dict[str, dict[str, Any]]:
 def is_finished(task: Task, entry: dict[str, Any] | None) -> bool:
     """Whether the journal's `entry` still holds for the photograph and its picture."""
     with contextlib.suppress(OSError):
-        sizes = {"source_bytes": task.source.stat().st_size, "bytes": task.target.stat().st_size}
-        return entry is not None and entry == entry | sizes
+        status = task.source.stat()
+        now = {"source_bytes": status.st_size, "source_ns": status.st_mtime_ns}
+        now["bytes"] = task.target.stat().st_size
+        if entry is None or entry != entry | now:
+            return False
+        return task.allow_truncated or not entry["allow_truncated"]  # a cut-off one may be in it
     return False
 
 
@@ -163,8 +174,8 @@ def prepare_folder(
     manifest: Manifest, pictures: dict[str, str], out: Path, options: PrepareOptions
 ) -> dict[str, dict[str, Any]]:
     """Prepare what is not finished; return the facts of each photograph, by its path."""
+    facts = open_journal(out, {"size": options.size})
     how = options.size, options.allow_truncated
-    facts = open_journal(out, options.size)
     tasks = [Task(path, manifest.root / path, out / to, *how) for path, to in pictures.items()]
     tasks = [task for task in tasks if not is_finished(task, facts.get(task.path))]
     done, told = len(pictures) - len(tasks), time.monotonic()

@@ -68,6 +68,7 @@ def prepared(tmp_path_factory):
             record = Record(relative, grade, name, eye, split, "drawn", SIDE, SIDE, sha256_of(path))
             records.append(record)
     write_manifest(folder, records)
+    (folder / "data_report.json").write_text("{}")  # what prepared folders have
     return folder
 
 

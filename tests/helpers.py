@@ -36,6 +36,7 @@ def draw_prepared(
             checksum = f"{split}{i}" + (f"-{seed}" if seed else "")
             records.append(Record(path, grade, patient, eye, split, sha256=checksum))
     write_manifest(folder, records)
+    (folder / "data_report.json").write_text("{}")  # what prepared folders have
     return read_manifest(folder)
 
 

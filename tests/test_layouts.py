@@ -371,8 +371,10 @@ def test_manifest_round_trip(tmp_path):
     make_manifest(tmp_path)
     for manifest in (read_manifest(tmp_path), open_data(tmp_path / "manifest.csv")):
         assert manifest.records == tuple(ROWS)
-        assert (manifest.root, manifest.prepared) == (tmp_path, True)
+        assert (manifest.root, manifest.prepared) == (tmp_path, False)
     assert sorted(os.listdir(tmp_path)) == ["images", "manifest.csv"]
+    (tmp_path / "data_report.json").touch()  # by which prepared folders are known
+    assert read_manifest(tmp_path).prepared
 
 
 def test_fingerprint_depends_on_rows_and_not_on_place_or_order(tmp_path):

@@ -136,9 +136,24 @@ def test_many_bad_photographs_are_an_error_after_all_good_ones(source, tmp_path)
     ]
     # One of 120 is below 1 %.
     assert len(prepare(source, tmp_path / "out", allow_truncated=True).records) == 119
+    with pytest.raises(InputError, match="2 of 120"):  # what was allowed then is not now
+        prepare(source, tmp_path / "out")
     (source / "train/1_left.jpeg").write_bytes(data)  # mended
     shutil.copy(source / "train/3_left.jpeg", source / "train/2_left.jpeg")
     assert len(prepare(source, tmp_path / "out").records) == 120
+
+
+def test_a_photograph_replaced_by_one_of_its_size_is_prepared_again(source, tmp_path):
+    first, other = source / "train/1_left.jpeg", source / "train/2_left.jpeg"
+    one, two = first.read_bytes(), other.read_bytes()
+    size = max(len(one), len(two))
+    first.write_bytes(one + bytes(size - len(one)))
+    before = {r.source: r.sha256 for r in prepare(source, tmp_path / "out").records}
+    first.write_bytes(two + bytes(size - len(two)))
+    after = {r.source: r.sha256 for r in prepare(source, tmp_path / "out").records}
+    changed = {path for path in after if after[path] != before[path]}
+    assert changed == {"train/1_left.jpeg"}
+    assert after["train/1_left.jpeg"] == after["train/2_left.jpeg"]
 
 
 def test_a_second_run_keeps_what_is_finished(source, tmp_path, monkeypatch):
@@ -205,7 +220,7 @@ def test_another_size_or_a_foreign_folder_is_refused(source, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_an_input_error(source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="is no folder but a file"):
         prepare(source, tmp_path / "file" / "out")
 
 
