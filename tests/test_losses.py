@@ -190,13 +190,17 @@ def test_sinkhorn_uses_prototypes_nearly_equally():
 
 @pytest.mark.parametrize(("batch", "width"), [(2, 3), (7, 4), (64, 32)])
 def test_koleo_is_the_naive_loop(batch, width):
-    x = random_logits(batch, width, seed=batch)
+    x = random_logits(batch, width, seed=batch).requires_grad_()
     unit = [row / row.norm() for row in x.double()]
     nearest = [
         min((unit[i] - unit[j]).norm() for j in range(batch) if j != i) for i in range(batch)
     ]
-    expected = -sum(math.log(d) for d in nearest) / batch
-    assert koleo_loss(x).item() == pytest.approx(expected, rel=1e-5)
+    expected = -sum(d.log() for d in nearest) / batch
+    found = koleo_loss(x)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    (slope,), (expected_slope,) = torch.autograd.grad(found, x), torch.autograd.grad(expected, x)
+    torch.testing.assert_close(slope, expected_slope, rtol=1e-3, atol=1e-5)
+    assert koleo_loss(x.bfloat16()).item() == koleo_loss(x.bfloat16().float()).item()
 
 
 def test_koleo_falls_as_embeddings_spread():
