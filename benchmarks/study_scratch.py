@@ -90,6 +90,9 @@ def draw(curves: list[dict[str, np.ndarray]], log_k: float, title: str, path: Pa
                 epoch, value = seen[name].T
                 axes.plot(epoch, value / (log_k if name == "loss" else 1), label=f"seed {seed}")
         axes.set(xlabel="epoch", ylabel=label)
+        axes.ticklabel_format(useOffset=False)
+        if "entropy" in name:
+            axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(path, dpi=90)
