@@ -33,7 +33,7 @@ GRADES = 5  # ICDR's 0-4
 RAW_SIZE = 512  # side to which photographs that nobody prepared are brought as they are read
 SYNTHETIC_SIZE = 256  # side of the drawn ones
 SYNTHETIC_COUNT = 1000
-SYNTHETIC_VERSION = 2  # of the drawing: part of the cache's name
+SYNTHETIC_VERSION = 3  # of the drawn folder: part of the cache's name
 
 
 @dataclass

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from conftest import tiny_values
 
 import runs
@@ -365,6 +367,22 @@ def test_only_the_main_process_writes(tmp_path):
     progress.record({"rankme": 3.5})
     progress.close()
     assert not list(tmp_path.iterdir())
+
+
+def agree_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    processes = Processes(torch.device("cpu"), rank, 2)
+    processes.agree(7, "step")
+    with pytest.raises(InputError, match="do not see the same step"):
+        processes.agree(7 * rank - 1, "step")
+    Path(folder, f"refused{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_processes_that_see_different_checkpoints_all_refuse(tmp_path):
+    torch.multiprocessing.spawn(agree_worker, (str(tmp_path),), nprocs=2)
+    assert {"refused0", "refused1"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_stop_signal_is_noted_and_the_second_ends(handlers):

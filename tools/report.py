@@ -46,7 +46,9 @@ def tabulate(runs: list[Path]) -> list[list[str]]:
     table = [["evaluation", "n", *METRICS.values()]]
     told = set()
     for run in runs:
-        for name, results in read_results(run):
+        evaluations = read_results(run)
+        weights = {name: results["backbone"]["sha256"] for name, results in evaluations}
+        for name, results in evaluations:
             data = results["data"]
             fingerprint = data.get("test_fingerprint", data["fingerprint"])
             test_set = fingerprint, str(data["test"]), results["majority"]["grade"]
@@ -57,7 +59,9 @@ def tabulate(runs: list[Path]) -> list[list[str]]:
                 values = [cell({"value": line[metric]}) for metric in METRICS]
                 table.append([f"always grade {line['grade']}", images, *values])
             values = [cell(results["metrics"][metric]) for metric in METRICS]
-            table.append([f"{run.name}/{name}", images, *values])
+            stale = weights[name] != weights.get(name.split("/")[0], weights[name])
+            title = f"{run.name}/{name}" + " (other weights)" * stale
+            table.append([title, images, *values])
     return table
 
 
