@@ -240,8 +240,9 @@ class RunFolder:
                 f"{self.path} holds a run without its checkpoint.pth, which it needs to go on; "
                 "give another --output-dir, or --overwrite to start anew in it"
             )
-        if processes.is_main and record.is_file():
-            write_atomic(record, lambda temporary: temporary.write_text(told if saved else ""))
+        told = told if saved else ""
+        if processes.is_main and record.is_file() and record.read_text("utf-8") != told:
+            write_atomic(record, lambda temporary: temporary.write_text(told, "utf-8"))
         text, config = dump_options(options), self.path / "config.yaml"
         if processes.is_main and not (config.is_file() and config.read_text() == text):
             write_atomic(config, lambda temporary: temporary.write_text(text))
