@@ -16,12 +16,19 @@ from PIL import Image, ImageDraw, ImageFile, ImageOps
 from photographs import (
     Box,
     PhotographError,
+    alike,
+    coarse,
+    crop_aspect,
     crop_square,
     find_fundus,
     load_photograph,
     open_photograph,
+    pad_square,
     read_photograph,
+    signature,
+    subtract_local_mean,
 )
+from synthetic import DrawnEye, draw_photograph
 
 
 def draw_fundus(width=1000, height=660, centre=(500, 330), radius=300, light=180):
@@ -398,3 +405,70 @@ def test_flipped_bytes_raise_nothing_else(tmp_path):
                 assert open_photograph(path).dtype == np.uint8
             except PhotographError as error:
                 assert str(error)
+
+
+# -------------------------------------------------------------------------------- pictures compared
+
+
+def eye(seed, size=256):
+    """A drawn fundus, cropped and square."""
+    frame, _ = draw_photograph(DrawnEye("p", "left", seed % 5, (31, seed, 0)), size)
+    return crop_square(frame, find_fundus(frame), size)
+
+
+def encoded(picture, **how):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", **how)
+    return np.array(Image.open(buffer))
+
+
+def test_copies_are_alike_and_other_eyes_are_not():
+    eyes = [eye(seed) for seed in range(8)]
+    looks = [signature(picture) for picture in eyes]
+    for picture, look in zip(eyes, looks, strict=True):
+        small = np.array(Image.fromarray(picture).resize((128, 128), Image.Resampling.LANCZOS))
+        bright = (picture * 1.15).clip(0, 255).astype(np.uint8)
+        for copy in (encoded(picture, quality=50), small, bright):
+            assert alike(look, signature(copy)) > 0.82
+        assert alike(look, look) == pytest.approx(1)
+    others = [alike(a, b) for i, a in enumerate(looks) for b in looks[:i]]
+    assert max(others) < 0.6
+    dark = signature(np.zeros((64, 64, 3), np.uint8))
+    assert not dark.any() and alike(dark, dark) == alike(dark, looks[0]) == 0
+
+
+def test_coarse_signature_is_the_mean_of_blocks():
+    look = signature(eye(1))
+    found = coarse(look)
+    assert (found.shape, found.dtype) == ((16, 16), np.int8)
+    for y, x in ((0, 0), (7, 3), (15, 15)):
+        block = [int(look[4 * y + i, 4 * x + j]) for i in range(4) for j in range(4)]
+        assert abs(found[y, x] - sum(block) / 16) <= 0.5
+
+
+def test_local_mean_is_the_naive_one():
+    """Pixel by pixel, with a Gaussian over the fundus alone."""
+    picture = eye(2, 96)
+    found = subtract_local_mean(picture).astype(float)
+    inside = picture.max(axis=2) > 12
+    sigma = 96 / 2 / 30
+    y, x = np.mgrid[:96, :96]
+    for row, column in ((48, 48), (10, 40), (60, 90), (30, 5)):
+        if not inside[row, column]:
+            continue
+        near = (abs(y - row) <= round(3 * sigma)) & (abs(x - column) <= round(3 * sigma)) & inside
+        weight = np.exp(-((y - row) ** 2 + (x - column) ** 2) / (2 * sigma**2)) * near
+        mean = (picture * weight[..., None]).sum((0, 1)) / weight.sum()
+        expected = np.clip(4 * (picture[row, column] - mean) + 128, 0, 255)
+        assert np.abs(found[row, column] - expected).max() <= 1
+    assert (found[~inside] == 128).all()
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((60, 40), (50, 33)), ((40, 60), (33, 50))])
+def test_aspect_is_kept_and_padding_brings_the_square_back(shape, expected):
+    image = np.full((*shape, 3), 200, np.uint8)
+    kept = crop_aspect(image, Box(0, 0, shape[1], shape[0]), 50)
+    assert kept.shape[:2] == expected and (kept == 200).all()
+    square = pad_square(kept)
+    assert square.shape == (50, 50, 3) and (square == 200).all(axis=2).sum() == kept[..., 0].size
+    assert square[25, 25, 0] == 200 and square[0, 0, 0] in (0, 200)
