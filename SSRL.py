@@ -35,7 +35,7 @@ import utils
 import vision_transformer as vit
 from augment import MultiCrop, WholeView, apply_color, contact_sheet
 from data import PhotographDataset as Dataset
-from layouts import Manifest
+from manifest import Manifest
 from utils import Diverged, RunOptions, Stopped, log
 
 DEMO = utils.HERE / "configs" / "demo.yaml"
@@ -88,6 +88,7 @@ class Options(data.DataOptions, RunOptions):
     weight_decay_end: float = 0.4  # At the end, on a cosine.
     clip_grad: float = 3.0  # Largest gradient norm of each parameter; 0 does not clip.
     freeze_last_layer: int = 1  # Epochs at the start in which the prototypes stay as they are.
+    max_bad: float = 0.001  # Share of photographs that may be unreadable; others take their place.
     knn_every: int = 10  # Epochs between k-NN scores on val, where grades exist; 0: none.
     log_every: int = 10  # Steps between lines of the log.
     save_minutes: float = 15.0  # Most minutes between saves; an epoch's end saves too.
@@ -114,7 +115,7 @@ class Options(data.DataOptions, RunOptions):
             ("blur_sigma", lambda v: 0 < v[0] <= v[1] <= 2, "0 < least <= largest <= 2"),
             ("rotation", lambda v: 0 <= v <= 180, "0 to 180 degrees"),
             ("std", lambda v: min(v) > 0, "numbers above 0"),
-            ("momentum_teacher drop_path", lambda v: 0 <= v <= 1, "0 to 1"),
+            ("momentum_teacher drop_path max_bad", lambda v: 0 <= v <= 1, "0 to 1"),
         ):
             utils.check_options(self, names, fits, expected)
 
@@ -441,7 +442,7 @@ def main(o: Options, config: Path | None) -> None:
             log.info("%s is finished (%d epochs); --overwrite starts anew", folder.path, o.epochs)
             return
         crops = MultiCrop(**{name: getattr(o, name) for name in MultiCrop.__dataclass_fields__})
-        dataset = Dataset(manifest, records, crops, o.seed)
+        dataset = Dataset(manifest, records, crops, o.seed, o.max_bad)
         train(state, run, dataset, sampler)
 
 

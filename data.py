@@ -24,8 +24,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import synthetic
-from layouts import Manifest, Record, open_data, read_manifest, split_patients, write_manifest
-from photographs import PhotographError, crop_square, find_fundus, load_photograph, open_photograph
+from layouts import open_data
+from manifest import Manifest, Record, read_manifest, split_patients, write_manifest
+from photographs import (
+    PhotographError,
+    crop_square,
+    find_fundus,
+    load_photograph,
+    open_photograph,
+    pad_square,
+)
 from runs import Processes
 from utils import InputError, log, sha256_of, write_json
 
@@ -190,32 +198,59 @@ Key = tuple[int, int]  # (epoch, index)
 class PhotographDataset(Dataset):
     """Views of a manifest's records, addressed by (epoch, index).
 
-    An item is what `view` makes of the uint8 photograph (3, h, w), and its `index`.
+    An item is what `view` makes of the uint8 photograph (3, h, w), its `index`, and `bad`, which is
+    -1. With `max_bad` above 0 a photograph that cannot be read is replaced by another one, the same
+    whenever its turn comes, and `bad` is its index; otherwise it raises InputError.
     """
 
     def __init__(
-        self, manifest: Manifest, records: list[Record], view: View, seed: int = 0
+        self,
+        manifest: Manifest,
+        records: list[Record],
+        view: View,
+        seed: int = 0,
+        max_bad: float = 0.0,
     ) -> None:
         self.manifest, self.records = manifest, records
-        self.view, self.seed = view, seed
+        self.view, self.seed, self.max_bad = view, seed, max_bad
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        bad = -1
+        for taken in self._candidates(epoch, index):
+            try:
+                array = self.read(taken)
+                break
+            except InputError:
+                if not self.max_bad:
+                    raise
+                bad = index
+        else:
+            raise InputError(f"{self.manifest.root}: of 10 photographs none can be read")
+        photograph = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+        item = self.view(photograph, (self.seed, epoch, index))
+        return item | {"index": torch.tensor(index), "bad": torch.tensor(bad)}
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """Give the index, then those of 9 others that would take its place."""
+        yield index
+        rng = np.random.default_rng((self.seed, epoch, index, len(self)))
+        yield from map(int, rng.integers(len(self), size=9))
+
+    def read(self, index: int) -> np.ndarray:
+        """Return a photograph as uint8 RGB, square; raises InputError where it cannot be read."""
         path = self.manifest.root / self.records[index].path
         try:
-            array = (
-                open_photograph(path) if self.manifest.prepared else load_photograph(path, RAW_SIZE)
-            )
+            if self.manifest.prepared:
+                return pad_square(open_photograph(path))
+            return load_photograph(path, RAW_SIZE)
         except PhotographError as error:
             raise InputError(
                 f"{path}: {error}; mend the file, or run prepare_data.py, which leaves it out"
             ) from None
-        photograph = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-        item = self.view(photograph, (self.seed, epoch, index))
-        return item | {"index": torch.tensor(index)}
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -269,7 +304,7 @@ class StepSampler(Sampler[list[Key]]):
 def training_loader(
     dataset: PhotographDataset, sampler: StepSampler, workers: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Iterate over the sampler's micro-batches; a worker's InputError arrives as itself."""
+    """Iterate over the sampler's micro-batches; names what could not be read (`max_bad`)."""
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -279,7 +314,26 @@ def training_loader(
         worker_init_fn=_own_group,
         generator=torch.Generator(),  # else it draws from the one that drop path draws from
     )
-    return _unwrap_errors(loader)
+    return _count_bad(_unwrap_errors(loader), dataset)
+
+
+def _count_bad(
+    batches: Iterator[dict[str, Tensor]], dataset: PhotographDataset
+) -> Iterator[dict[str, Tensor]]:
+    seen: set[int] = set()
+    for batch in batches:
+        for index in set(batch["bad"].tolist()) - seen - {-1}:
+            seen.add(index)
+            try:
+                dataset.read(index)
+                reason = f"{dataset.records[index].path}: could not be read for a moment"
+            except InputError as error:
+                reason = str(error)
+            if len(seen) > dataset.max_bad * len(dataset):
+                share = f"{len(seen)} of {len(dataset)} photographs, over --max-bad"
+                raise InputError(f"{share} {dataset.max_bad}, cannot be read; the last is {reason}")
+            log.warning("%s. Another one takes its place; %d so far", reason, len(seen))
+        yield batch
 
 
 def evaluation_loader(

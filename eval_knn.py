@@ -20,7 +20,7 @@ import metrics
 from augment import PaperView, WholeView
 from data import DataOptions, describe, graded, grades_of, patients_of, test_sets
 from features import cached_features, check_results, knn_predict, open_evaluation, write_results
-from layouts import Record
+from manifest import Record
 from utils import RunOptions, check_options, run_main
 from vision_transformer import BackboneOptions
 

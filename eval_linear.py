@@ -34,7 +34,7 @@ from features import (
     open_evaluation,
     write_results,
 )
-from layouts import Record
+from manifest import Record
 from utils import (
     InputError,
     RunOptions,

@@ -1,349 +1,350 @@
 """How each data set lies on disk: its photographs, grades, patients and splits.
 
-`open_data` recognises a folder and gives a Manifest, the one internal form; `write_manifest` keeps
-it as `manifest.csv`. A new data set is one function and one entry in LAYOUTS.
+`open_data` recognises a folder and gives a Manifest, the one internal form. A new data set is one
+function and one entry in LAYOUTS. What it publishes of itself stands in PUBLISHED, against which
+what is found is held; it is told, and never an error, since people work with parts.
 """
 
-import csv
-import hashlib
-import io
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from utils import InputError, write_atomic
+from manifest import (
+    SPLITS,
+    SUFFIXES,
+    Manifest,
+    Record,
+    check_leaks,
+    check_path,
+    grade_of_name,
+    lone_records,
+    match_rows,
+    named_records,
+    read_csv,
+    read_header,
+    read_manifest,
+    some,
+    split_patients,
+    stem_of,
+)
+from utils import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
-GRADE = r"([0-4])(\.0*)?|"  # nothing: not graded
-EXPECTED = """a prepared folder (manifest.csv), EyePACS as downloaded (train/ and trainLabels.csv),
-class folders (train/0 ... train/4, test/0 ...) or any folder of photographs"""
+EXPECTED = """a prepared folder (manifest.csv), EyePACS, APTOS 2019, DDR, Messidor-2 or IDRiD as
+downloaded, class folders (train/0 ... train/4, test/0 ...) or any folder of photographs"""
+PUBLISHED = {  # photographs of grades 0 to 4 in each split, or in all
+    "eyepacs": {"train": (25810, 2443, 5292, 873, 708), "test": (39533, 3762, 7861, 1214, 1206)},
+    "aptos": {"train": (1805, 370, 999, 193, 295)},
+    "ddr": {"all": (6266, 630, 4477, 236, 913)},
+    "messidor2": {"test": (1017, 270, 347, 75, 35)},
+    "idrid": {"train": (134, 20, 136, 74, 49), "test": (34, 5, 32, 19, 13)},
+}
+# Of EyePACS, black or without a fundus that scaling finds, as its users have reported.
+KNOWN_BAD = """492_right 25313_right 27096_right 1986_left 32253_right 34689_left 43457_left
+766_left 1557_left 18972_left 679_right 21345_left 21720_left 26064_right 42130_left"""
+NO_PATIENTS = "patients are not published: each photograph counts as one"
 
 
 @dataclass(frozen=True)
-class Record:
-    """One photograph; `path` is posix and relative to the manifest's root."""
+class Reading:
+    """How to read a data set that no adapter knows: columns of a csv, grades of class folders."""
 
-    path: str
-    grade: int | None
-    patient: str
-    eye: str  # "left", "right" or ""
-    split: str  # "train", "val" or "test"
-    source: str = ""
-    width: int | None = None  # of the photograph as downloaded, like the height
-    height: int | None = None
-    sha256: str = ""
+    path_column: str = ""
+    grade_column: str = ""
+    patient_column: str = ""
+    grades: dict[str, int] = field(default_factory=dict)  # by the class folder's name
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """All photographs of a data set; `prepared` ones are square, `notes` are to be said aloud."""
+@dataclass
+class Found:
+    """A folder's listing, which adapters look at, and the notes that they leave."""
 
     root: Path
-    records: tuple[Record, ...]
-    prepared: bool
-    layout: str
-    notes: tuple[str, ...] = ()
+    photographs: list[str]  # posix paths relative to root, sorted
+    tables: dict[str, str]  # .csv and .txt files: path by lower-case name, the uppermost of each
+    reading: Reading
+    notes: list[str] = field(default_factory=list)
 
-    def split(self, name: str) -> list[Record]:
-        return [record for record in self.records if record.split == name]
+    def tell(self, what: str, names: Sequence[str]) -> None:
+        """Note how many there are of something, with five examples; nothing where there is none."""
+        if names:
+            self.notes.append(f"{len(names)} {what}: {some(names)}")
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of what the rows say, whatever their order and wherever the folder lies."""
-        rows = sorted((r.path, str(r.grade), r.patient, r.split, r.sha256) for r in self.records)
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
+    def join(self, paths: list[str], file: str, split: str, image: str, grade: str) -> list[tuple]:
+        """Match photographs with a csv's columns `image` and `grade`: (path, grade, split)."""
+        rows = read_csv(self.root / file, (image, grade))
+        return self.match(paths, file, split, [(w, row[image], row[grade]) for w, row in rows])
+
+    def match(
+        self, paths: list[str], file: str, split: str, rows: list, dropped: Any = (), key=stem_of
+    ) -> list[tuple]:
+        """Match photographs with rows as `manifest.match_rows` does: (path, grade, split)."""
+        grades = match_rows(self.root / file, rows, paths, dict(dropped), self.tell, key)
+        return [(path, grade, split) for path, grade in grades.items()]
+
+    def below(self, folder: str) -> list[str]:
+        """Return the photographs under a folder, "" for all."""
+        return [p for p in self.photographs if not folder or p.startswith(folder + "/")]
 
 
-def open_data(path) -> Manifest:
-    """Recognise a folder (EXPECTED, else InputError) and read its records, splits completed."""
-    root = Path(path).expanduser()
-    root = root.parent if root.name == "manifest.csv" else root
-    if not root.is_dir():
-        raise InputError(f"{root}: is not a folder that exists; expected {EXPECTED}")
-    notes: list[str] = []
-    if (root / "manifest.csv").is_file():
-        manifest = read_manifest(root)
-    else:
-        paths = _scan(root)
-        read = ((layout, adapter(root, paths, notes)) for layout, adapter in LAYOUTS.items())
-        layout, records = next(pair for pair in read if pair[1] is not None)
-        manifest = Manifest(root, tuple(records), False, layout)
-    _check_leaks(manifest.records, root)
+def open_data(path, layout: str = "auto", reading: Reading | None = None) -> Manifest:
+    """Recognise a data set (EXPECTED, else InputError), read it, and complete its splits.
+
+    `path` is a folder, or a csv in it; `layout` a name of LAYOUTS, csv, or auto.
+    """
+    return complete_splits(read_data(path, layout, reading or Reading()))
+
+
+def complete_splits(manifest: Manifest, linked: Iterable[tuple[str, str]] = ()) -> Manifest:
+    """Return the manifest with a test and a val split; notes tell those that had to be made."""
     before = Counter(record.split for record in manifest.records)
-    records = tuple(split_patients(manifest.records))
+    records = tuple(split_patients(manifest.records, linked=linked))
     after = Counter(record.split for record in records)
-    origin = "val" if before["val"] else "20 % of the patients"
+    origin, notes = "val" if before["val"] else "20 % of the patients", list(manifest.notes)
     for split, how in (("test", origin), ("val", "10 % of train's patients")):
         if after[split] != before[split]:
             notes.append(f"{split} is made from {how}: {after[split]} photographs")
     return replace(manifest, records=records, notes=tuple(notes))
 
 
-def read_manifest(folder) -> Manifest:
-    """Read and check `manifest.csv` in `folder`; every fault is an InputError naming its row."""
-    root, records, rows = Path(folder), [], {}
-    for where, row in _read_csv(root / "manifest.csv", [f.name for f in fields(Record)[:5]]):
-        record = _parse_row(where, row)
-        if record.path in rows:
-            raise InputError(f"{where}: {record.path} is in {rows[record.path]} too; keep one")
-        rows[record.path] = where
-        records.append(record)
-    _check_files(root, rows)
-    _check_leaks(records, root / "manifest.csv")
-    # What prepare_data.py leaves beside it; without that, a list of photographs as they are.
-    prepared = (root / "data_report.json").is_file()
-    return Manifest(root, tuple(records), prepared, "prepared" if prepared else "manifest")
+def read_data(path, layout: str, reading: Reading) -> Manifest:
+    """Read a data set with the splits that it has been published with, train where it has none."""
+    root, name = Path(path).expanduser(), "manifest.csv"
+    if root.suffix == ".csv" and root.is_file():
+        root, name = root.parent, root.name
+    if not root.is_dir():
+        raise InputError(f"{root}: is not a folder that exists; expected {EXPECTED}")
+    if layout == "auto" and reading.path_column:
+        layout = "csv"
+    if layout == "auto" and (root / name).is_file() and name.startswith("manifest"):
+        return read_manifest(root, name)
+    found = _scan(root, reading)
+    if layout == "csv":
+        records = _csv(found, name)
+    elif layout == "auto":
+        read = ((key, adapter(found)) for key, adapter in LAYOUTS.items())
+        layout, records = next(pair for pair in read if pair[1] is not None)
+    else:
+        records = LAYOUTS[layout](found)
+    if not records:
+        names = sorted(os.listdir(root))
+        what = "" if layout == "photographs" else f", and no photographs of {layout}"
+        raise InputError(f"{root}: found {some(names) or 'nothing'}{what}; {_expected(names)}")
+    _compare(found, layout, records)
+    check_leaks(records, root)
+    return Manifest(root, tuple(records), False, layout, tuple(found.notes))
 
 
-def write_manifest(folder, records: Iterable[Record]) -> None:
-    """Write `manifest.csv` into `folder`, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Record))
-    writer.writerows(astuple(record) for record in records)
-    data = text.getvalue().encode()
-    write_atomic(Path(folder) / "manifest.csv", lambda temporary: temporary.write_bytes(data))
+def _compare(found: Found, layout: str, records: list[Record]) -> None:
+    """Note what was found of each split beside what the data set publishes."""
+    for split, expected in PUBLISHED.get(layout, {}).items():
+        rows = [r for r in records if split in (r.split, "all")]
+        counts = tuple(Counter(r.grade for r in rows)[grade] for grade in range(5))
+        note = f"{split}: {len(rows)} photographs of grades 0-4 {counts}"
+        more = f"; published {sum(expected)} {expected}" if counts != expected else ", as published"
+        found.notes.append(note + more)
 
 
-def _read_csv(file: Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """Rows as ("FILE, row NUMBER", {column: text}); blanks around texts are taken off."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        first = text.partition("\n")[0]
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-        header = [name.strip() for name in next(reader, [])]
-        rows = [(f"{file}, row {reader.line_num}", [c.strip() for c in cells]) for cells in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file}: cannot be read as UTF-8 csv ({error})") from None
-    missing = [name for name in required if name not in header]
-    if missing:
-        raise InputError(f"{file}: no column {', '.join(missing)}; its header is {first[:200]!r}")
-    if not any(any(cells) for _, cells in rows):
-        raise InputError(f"{file}: no rows under its header; expected one per photograph")
-    pad = [""] * len(header)
-    return [(w, dict(zip(header, cells + pad, strict=False))) for w, cells in rows if any(cells)]
-
-
-def _parse_row(where: str, row: dict[str, str]) -> Record:
-    path = PureWindowsPath(row["path"])  # it knows every way out of a folder
-    outside = path.anchor or ".." in path.parts or "\0" in row["path"]
-    split, eye = SPLITS.get(row["split"].lower()), row["eye"].lower()
-    sizes = [row.get(name, "") for name in ("width", "height")]
-    for name, value, good, expected in (
-        ("path", row["path"], path.parts and not outside, "one inside the csv's folder"),
-        ("grade", row["grade"], re.fullmatch(GRADE, row["grade"]), "0, 1, 2, 3, 4, or nothing"),
-        ("patient", row["patient"], row["patient"], "a name (unknown: one for each photograph)"),
-        ("eye", row["eye"], eye in ("", "left", "right"), "left, right or nothing"),
-        ("split", row["split"], split, "train, val or test"),
-        ("width, height", sizes, re.fullmatch("[0-9]*", "".join(sizes)), "whole numbers"),
-    ):
-        if not good:
-            raise InputError(f"{where}: {name} is {value!r}; expected {expected}")
-    name, grade = str(PurePosixPath(row["path"])), int(row["grade"][0]) if row["grade"] else None
-    width, height = (int(size) if size else None for size in sizes)
-    rest = row.get("source", ""), width, height, row.get("sha256", "").lower()
-    return Record(name, grade, row["patient"], eye, split, *rest)
-
-
-def _check_files(root: Path, rows: dict[str, str]) -> None:
-    """Every path must be a file under root, links included; one listing per folder is fast."""
-    listings: dict[str, dict[str, os.DirEntry]] = {}
-    real_root, missing = os.path.realpath(root), []
-    for path, where in rows.items():
-        folder, _, name = path.rpartition("/")
-        entry = listings.get(folder, {}).get(name)
-        checked = folder in listings and not (entry and entry.is_symlink())
-        if not checked and not Path(os.path.realpath(root / path)).is_relative_to(real_root):
-            raise InputError(f"{where}: {path} is a link out of the folder; put the file there")
-        if folder not in listings:
-            there = os.path.isdir(root / folder)
-            listings[folder] = {e.name: e for e in os.scandir(root / folder)} if there else {}
-            entry = listings[folder].get(name)
-        # A disk that ignores case or composes accents finds what its listing spells otherwise.
-        if not (entry.is_file() if entry else os.path.isfile(root / path)):
-            missing.append(path)
-    if missing:
-        n = f"{len(missing)} of {len(rows)} files are not there"
-        raise InputError(f"{rows[missing[0]]}: {n}: {_some(missing)}; copy them or drop their rows")
-
-
-def _check_leaks(records: Iterable[Record], where) -> None:
-    splits = defaultdict(set)
-    for record in records:
-        splits[record.patient].add(record.split)
-    leaks = [f"{patient} ({', '.join(sorted(s))})" for patient, s in splits.items() if len(s) > 1]
-    if leaks:
-        what = f"{len(leaks)} patients are in more than one split: {_some(leaks)}"
-        raise InputError(f"{where}: {what}; keep each in one, or put all into train, to be split")
-
-
-def split_patients(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
-    """Complete the splits, always by patient, in strata of the patient's worse eye (or no grade).
-
-    Without test, val becomes test, or else 20 % of the patients do; without val, 10 % of train's
-    patients become val. Raises InputError if a patient is in two splits already.
-    """
-    _check_leaks(records, "splits")
-    present = {record.split for record in records}
-    if "test" not in present and "val" in present:
-        records = [replace(r, split="test") if r.split == "val" else r for r in records]
-    elif "test" not in present:
-        records = _cut(records, "test", 0.2, seed)
-    if not {"val", "test"} <= present:
-        records = _cut(records, "val", 0.1, seed)
-    return list(records)
-
-
-def _cut(records: Sequence[Record], name: str, share: float, seed: int) -> list[Record]:
-    """Move `share` of train's patients to the split `name`, the same share of each stratum."""
-    worse: dict[str, int] = {}
-    for record in records:
-        if record.split == "train":
-            grade = -1 if record.grade is None else record.grade
-            worse[record.patient] = max(grade, worse.get(record.patient, -1))
-    strata = defaultdict(list)
-    # By hash, not by random numbers: any version of anything takes the same patients.
-    for patient in sorted(worse, key=lambda p: hashlib.sha256(f"{seed} {p}".encode()).digest()):
-        strata[worse[patient]].append(patient)
-    # All strata evenly interleaved: any beginning of this order has the same share of each.
-    order = sorted(((i + 0.5) / len(s), s[i]) for s in strata.values() for i in range(len(s)))
-    number = max(1, round(share * len(order))) if len(order) > 1 else 0
-    moved = {patient for _, patient in order[:number]}
-    return [replace(r, split=name) if r.patient in moved else r for r in records]
-
-
-def _eyepacs(root: Path, paths: list[str], notes: list[str]) -> list[Record] | None:
+# ---------------------------------------------------------------------------------------- adapters
+def _eyepacs(found: Found) -> list[Record] | None:
     """EyePACS as Kaggle ships it, and mirrors with other suffixes or sub-folders."""
-    names = {name.lower(): name for name in os.listdir(root)}
     files = {"train": "trainlabels.csv", "test": "retinopathy_solution.csv"}
-    labelled = {split: root / names[file] for split, file in files.items() if file in names}
+    labelled = {split: found.tables[f] for split, f in files.items() if f in found.tables}
     if not labelled:
         return None
-    inside = {split: [p for p in paths if p.lower().startswith(f"{split}/")] for split in files}
-    join = (_join(inside[split], file, split, notes) for split, file in labelled.items())
-    items = [item for joined in join for item in joined]
+    items = []
+    for split, file in labelled.items():
+        inside = [p for p in found.photographs if split in p.lower().split("/")[:-1]]
+        items += found.join(inside, file, split, "image", "level")
     if not items:
-        raise InputError(f"{root}: no photographs in {_some([*labelled])}; {_expected(names)}")
+        names = os.listdir(found.root)
+        raise InputError(f"{found.root}: no photographs in {some([*labelled])}; {_expected(names)}")
     if "test" not in labelled:
+        left = [p for p in found.photographs if "test" in p.lower().split("/")[:-1]]
         what = "photographs of test/ left out, their grades (retinopathy_solution.csv) are missing"
-        _tell(notes, what, inside["test"])
-    return _records(items)
+        found.tell(what, left)
+    records = named_records(items)
+    stems = {PurePosixPath(r.path).stem for r in records}
+    known = sorted(stems & set(KNOWN_BAD.split()))
+    found.tell("photographs are known to be black or unusable, and kept", known)
+    return records
 
 
-def _join(paths: list[str], file: Path, split: str, notes: list[str]) -> list[tuple]:
-    """Join photographs and a csv's rows by stem; what has no partner is told."""
-    by_stem: dict[str, str] = {}
-    for path in paths:
-        stem = PurePosixPath(path).stem.casefold()
-        if by_stem.setdefault(stem, path) != path:
-            raise InputError(f"{file}: {by_stem[stem]} and {path} have the same name; keep one")
-    grades: dict[str, int | None] = {}
-    for where, row in _read_csv(file, ("image", "level")):
-        stem, suffix = os.path.splitext(row["image"].casefold())
-        stem, grade = stem + suffix * (suffix not in SUFFIXES), row["level"]
-        if not re.fullmatch(GRADE, grade):
-            raise InputError(f"{where}: level is {grade!r}; expected 0, 1, 2, 3 or 4")
-        grade = int(grade[0]) if grade else None
-        if grades.setdefault(stem, grade) != grade:
-            raise InputError(f"{where}: {stem} has level {grades[stem]} further up; keep one")
-    lonely = [path for stem, path in by_stem.items() if stem not in grades]
-    _tell(notes, f"photographs without a row in {file.name}", lonely)
-    _tell(notes, f"rows of {file.name} without photograph", [s for s in grades if s not in by_stem])
-    return [(path, grades[stem], split) for stem, path in by_stem.items() if stem in grades]
+def _aptos(found: Found) -> list[Record] | None:
+    """APTOS 2019: train.csv and train_images/; mirrors with a labelled valid.csv and test.csv."""
+    items = []
+    for name, file in found.tables.items():
+        header = read_header(found.root / file)
+        split = next((s for word, s in SPLITS.items() if re.match(word + r"(?![a-z])", name)), "")
+        if "id_code" not in header or not split:
+            continue
+        inside = [p for p in found.photographs if re.search(rf"(^|/){split}[a-z]*_images/", p)]
+        if "diagnosis" in header:
+            items += found.join(inside, file, split, "id_code", "diagnosis")
+        else:
+            found.tell(f"photographs of {file} left out, their grades are not published", inside)
+    if items:
+        found.notes.append(NO_PATIENTS)
+    return lone_records(items) if items else None
 
 
-def _class_folders(root: Path, paths: list[str], notes: list[str]) -> list[Record] | None:
+def _ddr(found: Found) -> list[Record] | None:
+    """DDR's grading part: train.txt, valid.txt, test.txt with `name grade` a line, 5 ungradable."""
+    files = {word: found.tables.get(f"{word}.txt") for word in ("train", "valid", "test")}
+    items: list[tuple] = []
+    for word, file in files.items():
+        if file is None or read_header(found.root / file)[:1] == []:
+            continue
+        folder = str(PurePosixPath(file).parent / word)
+        rows = []
+        lines = (found.root / file).read_text("utf-8-sig").splitlines()
+        for number, line in enumerate(lines, 1):
+            name, _, grade = line.strip().rpartition(" ")
+            if line.strip():
+                rows.append((f"{found.root / file}, row {number}", name.strip(), grade))
+        inside = found.below(folder)
+        items += found.match(inside, file, SPLITS[word], rows, {"5": "ungradable (grade 5)"})
+    if items:
+        found.notes.append(NO_PATIENTS)
+    return lone_records(items) if items else None
+
+
+def _messidor2(found: Found) -> list[Record] | None:
+    """Messidor-2 with the adjudicated grades of messidor_data.csv; all of it is a test set."""
+    file = found.tables.get("messidor_data.csv")
+    if file is None:
+        return None
+    rows = read_csv(found.root / file, ("image_id", "adjudicated_dr_grade"))
+    gradable = {w: row.get("adjudicated_gradable", "1") not in ("0", "0.0") for w, row in rows}
+    listed = [
+        (w, row["image_id"], row["adjudicated_dr_grade"] if gradable[w] else "ungradable")
+        for w, row in rows
+    ]
+    dropped = {"ungradable": "ungradable", "": "without a grade"}
+    records = lone_records(found.match(found.photographs, file, "test", listed, dropped))
+    pairs = found.tables.get("messidor-2.csv")  # ADCIS's own: the two eyes of each examination
+    if pairs is None:
+        found.notes.append(NO_PATIENTS + " (messidor-2.csv of the download pairs the eyes)")
+        return records
+    exam = {}
+    for number, line in enumerate((found.root / pairs).read_text("utf-8-sig").splitlines()):
+        names = re.split("[;,\t]", line)
+        exam |= {PurePosixPath(name.strip()).stem.casefold(): f"exam {number}" for name in names}
+    stems = (PurePosixPath(r.path).stem.casefold() for r in records)
+    return [replace(r, patient=exam.get(s, r.patient)) for r, s in zip(records, stems, strict=True)]
+
+
+def _idrid(found: Found) -> list[Record] | None:
+    """IDRiD's disease grading; train and test number their photographs alike, from 001."""
+    items: list[tuple] = []
+    for name, file in found.tables.items():
+        match = re.search(r"disease grading.*(training|testing) labels\.csv", name)
+        if match:
+            base = str(PurePosixPath(file).parent.parent).removeprefix(".")
+            inside = [p for p in found.below(base) if f"{match[1]} set/" in p.lower()]
+            items += found.join(inside, file, SPLITS[match[1]], "Image name", "Retinopathy grade")
+    if items:
+        found.notes.append(NO_PATIENTS)
+    return lone_records(items) if items else None
+
+
+def _csv(found: Found, name: str) -> list[Record]:
+    """Any csv whose columns are named: paths relative to it, or names of photographs below it."""
+    reading, files = found.reading, [name] if name in os.listdir(found.root) else []
+    files = files or [file for file in found.tables.values() if file.endswith(".csv")]
+    if len(files) != 1:
+        raise InputError(f"{found.root}: holds {some(files) or 'no csv'}; name one as --source")
+    columns = [c for c in (reading.path_column, reading.grade_column, reading.patient_column) if c]
+    if not reading.path_column:
+        raise InputError(f"{found.root / files[0]}: name the column of paths with --path-column")
+    rows = read_csv(found.root / files[0], columns)
+    listed = [(w, row[reading.path_column], row.get(reading.grade_column, "")) for w, row in rows]
+    for where, path, _ in listed:
+        check_path(where, path)
+    there = set(found.photographs)  # else the names alone have to do, as in mirrors
+    key = str if all(path in there for _, path, _ in listed) else stem_of
+    paths = sorted({path for _, path, _ in listed}) if key is str else found.photographs
+    items = found.match(paths, files[0], "train", listed, key=key)
+    if not reading.patient_column:
+        return named_records(items)
+    patients = {key(row[reading.path_column]): row[reading.patient_column] for _, row in rows}
+    return [replace(r, patient=patients[key(r.path)] or r.patient) for r in lone_records(items)]
+
+
+def _class_folders(found: Found) -> list[Record] | None:
     """`train/ test/ [val/]` with a folder per grade, or such folders alone."""
-    parts = {path: path.split("/") for path in paths}
+    root, parts = found.root, {path: path.split("/") for path in found.photographs}
     splits = {path: SPLITS.get(p[0].lower()) for path, p in parts.items() if p[2:]}
     depth = int(any(splits.values()))
     inside = [path for path, p in parts.items() if (splits.get(path) if depth else p[1:])]
-    grades = {name: _grade_of_name(name) for name in sorted({parts[p][depth] for p in inside})}
+    named = {name.casefold(): grade for name, grade in found.reading.grades.items()}
+    names = sorted({parts[p][depth] for p in inside})
+    grades = {name: named.get(name.casefold(), grade_of_name(name)) for name in names}
     unknown = [name for name, grade in grades.items() if grade is None]
     if not depth and len(unknown) == len(grades):
         return None
     if unknown:  # never by alphabetical order, which would give wrong grades in silence
         raise InputError(
-            f"{root}: of the class folders {_some([*grades])} these name no grade: {_some(unknown)}"
-            "; rename each to 0 (no DR), 1 (mild), 2 (moderate), 3 (severe) or 4 (proliferative)"
+            f"{root}: of the class folders {some([*grades])} these name no grade: {some(unknown)}"
+            "; rename each to 0 (no DR), 1 (mild), 2 (moderate), 3 (severe) or 4 (proliferative), "
+            f"or say it: prepare_data.py --grades {unknown[0]} 0 ..."
         )
-    _tell(notes, "photographs outside the class folders", sorted({*paths} - {*inside}))
-    notes.append("folders read as grades: " + ", ".join(f"{n} = {g}" for n, g in grades.items()))
-    return _records((p, grades[parts[p][depth]], splits[p] if depth else "train") for p in inside)
+    found.tell("photographs outside the class folders", sorted({*parts} - {*inside}))
+    read = ", ".join(f"{n} = {g}" for n, g in grades.items())
+    found.notes.append("folders read as grades: " + read)
+    return named_records(
+        (p, grades[parts[p][depth]], splits[p] if depth else "train") for p in inside
+    )
 
 
-def _grade_of_name(name: str) -> int | None:
-    """The grade that a folder's name says: 2, grade_2, Moderate, "2 - moderate NPDR"; or None."""
-    text = re.sub("[^a-z0-9]", "", name.lower())
-    words = ("no|noapparent|normal", "mild", "moderate", "severe", "p(?=dr)|proliferat(e|ive)")
-    disease = "(npdr|(nonproliferative)?(dr|(diabetic)?retinopathy)?)"
-    for grade, word in enumerate(words):
-        if re.fullmatch(f"(grade|class|level)?({grade}|{grade}?({word}){disease})", text):
-            return grade
-    return None
-
-
-def _photographs(root: Path, paths: list[str], notes: list[str]) -> list[Record]:
+def _photographs(found: Found) -> list[Record]:
     """Any folder with photographs at any depth; nothing is known of their grades."""
-    parts = [path.split("/") for path in paths]
-    signs = ("manifest.csv", "trainLabels.csv", "retinopathy_solution.csv")
-    inner = {e.path for e in os.scandir(root) for s in signs if os.path.isfile(f"{e.path}/{s}")}
+    root, parts = found.root, [path.split("/") for path in found.photographs]
+    inner = {e.path for e in os.scandir(root) if os.path.isfile(f"{e.path}/manifest.csv")}
     inner |= {str(root / p[0]) for p in parts if p[3:] and p[1].lower() in SPLITS}
     if inner:
         raise InputError(f"{root}: is one level too high; give {' or '.join(sorted(inner))}")
-    if not paths:
-        names = sorted(os.listdir(root))
-        raise InputError(f"{root}: found {_some(names) or 'nothing'}; {_expected(names)}")
-    notes.append("no grades are known: enough for training, not for evaluation")
-    return _records(("/".join(p), None, SPLITS.get(p[0].lower(), "train")) for p in parts)
+    if any(name.startswith("samplesubmission") for name in found.tables):
+        found.notes.append("sampleSubmission.csv is not read: its grades are placeholders, all 0")
+    if parts:
+        found.notes.append("no grades are known: enough for training, not for evaluation")
+    return named_records(("/".join(p), None, SPLITS.get(p[0].lower(), "train")) for p in parts)
 
 
-LAYOUTS = {"eyepacs": _eyepacs, "class folders": _class_folders, "photographs": _photographs}
+LAYOUTS = {
+    "eyepacs": _eyepacs,
+    "messidor2": _messidor2,
+    "idrid": _idrid,
+    "ddr": _ddr,
+    "aptos": _aptos,
+    "class_folders": _class_folders,
+    "photographs": _photographs,
+}
 
 
-def _records(items: Iterable[tuple[str, int | None, str]]) -> list[Record]:
-    """Records of (path, grade, split); patients are named <patient>_<left|right>, else by stem."""
-    items = [(PurePosixPath(path), grade, split) for path, grade, split in items]
-    times = Counter(path.stem for path, _, _ in items)
-    records = []
-    for path, grade, split in items:
-        match = re.fullmatch("(.+)_(left|right)", path.stem, re.IGNORECASE)
-        # A stem that occurs twice (0/1.jpg, 1/1.jpg) is numbering, no patient: take the path.
-        alone = path.stem if times[path.stem] == 1 else str(path.with_suffix(""))
-        patient, eye = (match[1], match[2].lower()) if match else (alone, "")
-        records.append(Record(str(path), grade, patient, eye, split))
-    return records
-
-
-def _scan(root: Path) -> list[str]:
-    """Photographs at any depth, as sorted posix paths relative to root; links are followed."""
+# ----------------------------------------------------------------------------------------- folders
+def _scan(root: Path, reading: Reading) -> Found:
+    """List photographs and tables at any depth, by posix paths; links are followed."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    found, seen = [], set()
+    photographs, tables, seen = [], [], set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)  # a link back up would never end
         folders[:] = [f for f in folders if real not in seen and f[0] != "." and f != "__MACOSX"]
         prefix = Path(folder).relative_to(root)
-        photographs = [n for n in names if n.lower().endswith(SUFFIXES) and n[0] != "."]
-        found += [(prefix / name).as_posix() for name in photographs if real not in seen]
+        shown = [n for n in names if n[0] != "." and real not in seen]
+        paths = [(n.lower(), (prefix / n).as_posix()) for n in shown]
+        photographs += [path for name, path in paths if name.endswith(SUFFIXES)]
+        tables += [path for name, path in paths if name.endswith((".csv", ".txt"))]
         seen.add(real)
-    return sorted(found)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-
-
-def _tell(notes: list[str], what: str, names: Sequence[str]) -> None:
-    if names:
-        notes.append(f"{len(names)} {what}: {_some(names)}")
+    tables.sort(key=lambda path: (-path.count("/"), path), reverse=False)
+    by_name = {PurePosixPath(path).name.lower(): path for path in tables}  # the uppermost stays
+    return Found(root, sorted(photographs), by_name, reading)
 
 
 def _expected(names: Iterable[str]) -> str:

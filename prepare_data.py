@@ -7,7 +7,9 @@ DATA/images/*.jpg, DATA/manifest.csv, DATA/data_report.json (what was left out a
 doubt, duplicates) and DATA/prepare.jsonl, from which the same command goes on where it stopped.
 """
 
+import base64
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -21,17 +23,32 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from layouts import Manifest, Record, open_data, write_manifest
-from photographs import Photograph, PhotographError, read_photograph
+from layouts import Reading, complete_splits, read_data
+from manifest import Manifest, Record, fold_splits, write_manifest
+from photographs import (
+    Photograph,
+    PhotographError,
+    alike,
+    coarse,
+    open_photograph,
+    read_photograph,
+    signature,
+    subtract_local_mean,
+)
 from utils import InputError, Stopped, log, run_main, write_atomic, write_json
 
+Layout = Literal[
+    "auto", "eyepacs", "aptos", "ddr", "messidor2", "idrid", "class_folders", "photographs", "csv"
+]
+CLOSE, ALIKE = 0.88, 0.82  # cosines of coarse and full signatures, from which pictures are copies
 BAD_SHARE = 0.01  # of all photographs; from here on the data set itself is in doubt
 
 
@@ -40,11 +57,29 @@ class PrepareOptions:
     """What to prepare, where to, and how."""
 
     source: str
-    """Data set as downloaded: EyePACS, class folders, a manifest.csv or just photographs."""
+    """Data set as downloaded, class folders, a folder of photographs, or a csv (--path-column)."""
     out: str
     """Folder that receives the prepared pictures and their manifest."""
     size: int = 512
     """Side of the square pictures, in pixels."""
+    layout: Layout = "auto"
+    """How the data set lies on disk; auto tells by what is there."""
+    path_column: str = ""
+    """Of a csv that no data set's own: the column of paths, relative to the csv, or of names."""
+    grade_column: str = ""
+    """Its column of grades."""
+    patient_column: str = ""
+    """Its column of patients; without it, names like <patient>_left tell them, or each is one."""
+    grades: dict[str, int] = field(default_factory=dict)
+    """Grades of class folders by name: --grades healthy 0 mild 1."""
+    folds: int = 0
+    """Write manifest-fold-1.csv and so on too, for cross-validation with this many folds."""
+    image_format: Literal["jpeg", "png"] = "jpeg"
+    """Of the pictures: JPEG of quality 95, or PNG, which loses nothing and is 5 times as large."""
+    graham: bool = False
+    """Subtract the local mean, so that lesions stand out (Graham, 2015)."""
+    keep_aspect: bool = False
+    """Keep the fundus' own sides, the longer one --size; readers pad it to a square."""
     workers: int = 0
     """Processes that prepare side by side (0: one for each core)."""
     allow_truncated: bool = False
@@ -66,18 +101,27 @@ class Task(NamedTuple):
     source: Path
     target: Path
     size: int
-    allow_truncated: bool
+    keep_aspect: bool = False
+    graham: bool = False
+    image_format: str = "jpeg"
+    allow_truncated: bool = False
 
 
 def prepare_photograph(task: Task) -> dict[str, Any]:
     """Write one picture and return its facts, or its "error" alone. Runs in the workers."""
     try:
-        picture, *found = read_photograph(task.source, task.size, task.allow_truncated)
+        how = task.size, task.allow_truncated, task.keep_aspect
+        picture, *found = read_photograph(task.source, *how)
     except PhotographError as error:
         return {"path": task.path, "error": str(error)}
-    buffer = io.BytesIO()
+    look, light = signature(picture), picture.mean(axis=2)
+    h, w = (side // 4 for side in light.shape)
+    tone = {"brightest": int(np.quantile(light, 0.99))}
+    tone["contrast"] = round(float(light[h:-h, w:-w].std()), 1)  # of the middle, away from the rim
+    buffer, image = io.BytesIO(), subtract_local_mean(picture) if task.graham else picture
     # Without chroma subsampling, since microaneurysms are small and red.
-    Image.fromarray(picture).save(buffer, "JPEG", quality=95, subsampling=0)
+    options = {"quality": 95, "subsampling": 0} if task.image_format == "jpeg" else {}
+    Image.fromarray(image).save(buffer, task.image_format, **options)
     data = buffer.getvalue()
     task.target.parent.mkdir(parents=True, exist_ok=True)
     temporary = task.target.with_name(f".{task.target.name}.tmp")
@@ -86,7 +130,8 @@ def prepare_photograph(task: Task) -> dict[str, Any]:
     facts = {"path": task.path} | dict(zip(Photograph._fields[1:], found, strict=True))
     facts |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     status = task.source.stat()
-    facts |= {"source_bytes": status.st_size, "source_ns": status.st_mtime_ns}
+    facts |= {"source_bytes": status.st_size, "source_ns": status.st_mtime_ns} | tone
+    facts["signature"] = base64.b64encode(coarse(look).tobytes()).decode()
     return facts | {"allow_truncated": task.allow_truncated}
 
 
@@ -123,8 +168,8 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def picture_paths(records: tuple[Record, ...]) -> dict[str, str]:
-    """Each photograph's picture: images/<stem>.jpg, with its folders too where stems collide."""
+def picture_paths(records: tuple[Record, ...], suffix: str = ".jpg") -> dict[str, str]:
+    """Each photograph's picture: images/<stem><suffix>, with its folders where stems collide."""
     paths = [PurePosixPath(record.path) for record in records]
     names = [(path.stem, str(path.with_suffix("")), str(path)) for path in paths]
     # Some disks ignore case, so 1.jpg and 1.JPG are one.
@@ -132,7 +177,7 @@ def picture_paths(records: tuple[Record, ...]) -> dict[str, str]:
     pictures = {}
     for row in names:
         free = [name for name, t in zip(row, times, strict=True) if t[name.casefold()] == 1]
-        pictures[row[-1]] = f"images/{(free or row)[0]}.jpg"
+        pictures[row[-1]] = f"images/{(free or row)[0]}{suffix}"
     return pictures
 
 
@@ -150,7 +195,7 @@ def open_journal(out: Path, how: dict[str, Any]) -> dict[str, dict[str, Any]]:
         raise InputError(f"--out {out}: holds other data; give a new folder")
     for name, value in how.items() if entries else ():
         if entries[0].get(name) != value:
-            made = f"made with --{name} {entries[0].get(name)}"
+            made = f"made with --{name.replace('_', '-')} {entries[0].get(name)}"
             raise InputError(f"--out {out}: {made}; give a new folder")
     done = {entry["path"]: entry for entry in entries[1:]}
     text = "".join(json.dumps(entry) + "\n" for entry in [how, *done.values()])
@@ -174,9 +219,12 @@ def prepare_folder(
     manifest: Manifest, pictures: dict[str, str], out: Path, options: PrepareOptions
 ) -> dict[str, dict[str, Any]]:
     """Prepare what is not finished; return the facts of each photograph, by its path."""
-    facts = open_journal(out, {"size": options.size})
-    how = options.size, options.allow_truncated
-    tasks = [Task(path, manifest.root / path, out / to, *how) for path, to in pictures.items()]
+    how = {n: getattr(options, n) for n in ("size", "keep_aspect", "graham", "image_format")}
+    facts, cut = open_journal(out, how), options.allow_truncated
+    tasks = [
+        Task(p, manifest.root / p, out / to, **how, allow_truncated=cut)
+        for p, to in pictures.items()
+    ]
     tasks = [task for task in tasks if not is_finished(task, facts.get(task.path))]
     done, told = len(pictures) - len(tasks), time.monotonic()
     workers = options.workers or os.cpu_count() or 1
@@ -199,9 +247,35 @@ def prepare_folder(
     return facts
 
 
-def summarise(records: list[Record], facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Count what there is and say it aloud, with all that a person should look at."""
-    same, splits = defaultdict(list), {}
+def find_copies(
+    out: Path, pictures: dict[str, str], facts: dict[str, dict[str, Any]]
+) -> list[tuple[str, str, float]]:
+    """Return pairs of photographs that show one picture, and how alike they are (1: the same file).
+
+    Candidates have alike coarse signatures; their pictures' full ones decide (photographs.alike),
+    since photographs of a fundus look alike from afar. Copies may be compressed, resized, brighter.
+    """
+    paths = [path for path in pictures if "error" not in facts[path]]
+    looks = [base64.b64decode(facts[path]["signature"]) for path in paths]
+    table = np.frombuffer(b"".join(looks), np.int8).reshape(len(paths), -1).astype(np.float32)
+    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
+    close, full = [], functools.lru_cache(4096)(lambda p: signature(open_photograph(out / p)))
+    for start in range(0, len(paths), 2048):
+        one, other = np.nonzero(table[start : start + 2048] @ table[start:].T > CLOSE)
+        close += [(i + start, j + start) for i, j in zip(one, other, strict=True) if i < j]
+    likely = [(paths[i], paths[j]) for i, j in close]
+    found = {pair: alike(*(full(pictures[path]) for path in pair)) for pair in likely}
+    found = {pair: how for pair, how in found.items() if how > ALIKE}
+    same = defaultdict(list)
+    for path in paths:
+        same[facts[path]["sha256"]].append(path)
+    found |= {(group[0], path): 1.0 for group in same.values() for path in group[1:]}
+    return [(*pair, how) for pair, how in sorted(found.items())]
+
+
+def count_splits(records: list[Record]) -> dict[str, Any]:
+    """Count each split's photographs, patients and grades, beside its majority line; say it."""
+    splits = {}
     train = Counter(r.grade for r in records if r.split == "train" and r.grade is not None)
     for split in ("train", "val", "test"):
         rows = [record for record in records if record.split == split]
@@ -212,29 +286,49 @@ def summarise(records: list[Record], facts: dict[str, dict[str, Any]]) -> dict[s
             line["majority"] = round(grades[max(train, key=train.get)] / grades.total(), 4)
         splits[split] = line
         log.info("%s: %s", split, ", ".join(f"{name} {value}" for name, value in line.items()))
-    for record in records:
-        same[record.sha256].append(record.path)
+    return splits
+
+
+def list_doubts(
+    records: list[Record], facts: dict[str, dict[str, Any]], copies: list[tuple[str, str, float]]
+) -> dict[str, list[str]]:
+    """List all that a person should look at, and say how much of each there is."""
+    by_source = {record.source: record for record in records}
+    facts_of = {record.path: facts[record.source] for record in records}
+    pairs = [(by_source[one], by_source[other], how) for one, other, how in copies]
+    told = [f"{a.path} = {b.path} ({how:.2f})" for a, b, how in pairs]
     lists = {
-        "doubtful_crops": [record.path for record in records if facts[record.source]["doubtful"]],
-        "duplicates": [" = ".join(paths) for paths in same.values() if len(paths) > 1],
+        "doubtful_crops": [path for path, fact in facts_of.items() if fact["doubtful"]],
+        "near_black": [path for path, fact in facts_of.items() if fact["brightest"] <= 22],
+        "blank": [path for path, fact in facts_of.items() if fact["contrast"] < 2],
+        "copies": told,
+        "copies_of_other_patients": [],
+        "copies_in_other_splits": [],
+        "copies_with_other_grades": [],
         "left_out": [f"{path} {fact['error']}" for path, fact in facts.items() if "error" in fact],
     }
+    for (one, other, _), text in zip(pairs, told, strict=True):
+        for word, kind in (("of", "patient"), ("in", "split"), ("with", "grade")):
+            values = getattr(one, kind), getattr(other, kind)
+            if values[0] != values[1]:
+                lists[f"copies_{word}_other_{kind}s"].append(f"{text}: {values[0]}, {values[1]}")
     for name, lines in lists.items():
         if lines:
             some = lines[:20] + ["..."] * (len(lines) > 20)
             log.info("\n  ".join([f"{name.replace('_', ' ')}: {len(lines)}", *some]))
-    return {"splits": splits} | lists
+    return lists
 
 
 def main(options: PrepareOptions, config: Path | None = None) -> None:
     """Prepare a data set, or what is left of it to prepare, and say what was found."""
-    manifest, out = open_data(options.source), Path(options.out).expanduser()
+    columns = options.path_column, options.grade_column, options.patient_column
+    manifest = read_data(options.source, options.layout, Reading(*columns, options.grades))
+    out = Path(options.out).expanduser()
     if out.resolve().is_relative_to(manifest.root.resolve()):
         raise InputError(f"--out {out}: lies in --source, which is not written to; choose another")
-    for note in manifest.notes:
-        log.info("%s: %s", manifest.layout, note)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    pictures = picture_paths(manifest.records)
+    suffix = ".jpg" if options.image_format == "jpeg" else ".png"
+    pictures = picture_paths(manifest.records, suffix)
     try:
         facts = prepare_folder(manifest, pictures, out, options)
     except KeyboardInterrupt:
@@ -242,12 +336,20 @@ def main(options: PrepareOptions, config: Path | None = None) -> None:
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error})") from None
     facts = {path: facts[path] for path in pictures}
-    good = [record for record in manifest.records if "error" not in facts[record.path]]
-    more = [{n: facts[r.path][n] for n in ("width", "height", "sha256")} for r in good]
-    both = zip(good, more, strict=True)
-    records = [replace(r, path=pictures[r.path], source=r.path, **m) for r, m in both]
-    about = {"layout": manifest.layout, "size": options.size, "notes": manifest.notes}
-    write_json(out / "data_report.json", about | summarise(records, facts))
+    good = tuple(record for record in manifest.records if "error" not in facts[record.path])
+    copies = find_copies(out, pictures, facts)
+    linked = [(one, other) for one, other, _ in copies]
+    whole = complete_splits(replace(manifest, records=good), linked)
+    for note in whole.notes:
+        log.info("%s: %s", whole.layout, note)
+    records = [in_folder(record, pictures, facts) for record in whole.records]
+    about = {"layout": whole.layout, "size": options.size, "notes": whole.notes}
+    about |= {"splits": count_splits(records)} | list_doubts(records, facts, copies)
+    write_json(out / "data_report.json", about)
+    folds = fold_splits(good, options.folds, linked=linked) if options.folds else []
+    for number, fold in enumerate(folds, 1):
+        rows = [in_folder(record, pictures, facts) for record in fold]
+        write_manifest(out, rows, f"manifest-fold-{number}.csv")
     write_manifest(out, records)
     log.info("%d pictures in %s", len(records), out)
     bad = len(facts) - len(records)
@@ -256,6 +358,12 @@ def main(options: PrepareOptions, config: Path | None = None) -> None:
             f"{manifest.root}: {bad} of {len(facts)} photographs cannot be used, all others are "
             f"prepared; copy the bad ones again (see {out / 'data_report.json'}) and repeat"
         )
+
+
+def in_folder(record: Record, pictures: dict[str, str], facts: dict[str, dict[str, Any]]) -> Record:
+    """Return a raw photograph's record as that of its prepared picture."""
+    more = {name: facts[record.path][name] for name in ("width", "height", "sha256")}
+    return replace(record, path=pictures[record.path], source=record.path, **more)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import SSRL
-from layouts import Record, write_manifest
+from manifest import Record, write_manifest
 from synthetic import DrawnEye, draw_photograph
 from utils import sha256_of
 

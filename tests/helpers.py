@@ -9,7 +9,7 @@ from PIL import Image
 
 import vision_transformer
 from features import Evaluation
-from layouts import Manifest, Record, read_manifest, write_manifest
+from manifest import Manifest, Record, read_manifest, write_manifest
 from vision_transformer import Backbone, BackboneSpec, Weights
 
 PICO = BackboneSpec("vit_pico", 16, 32)

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 import data
 from augment import MultiCrop, WholeView
 from data import PhotographDataset, StepSampler, training_loader
-from layouts import Manifest, Record, read_manifest
+from manifest import Manifest, Record, read_manifest
 from runs import Processes
 from utils import InputError, sha256_of
 
@@ -151,6 +151,46 @@ def test_unreadable_photograph_is_one_message(prepared, tmp_path, workers):
         batches_of(dataset, workers, stop=5)
     message = str(caught.value)
     assert message.startswith(str(path)) and "Traceback" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_photograph_is_replaced_and_named_once(prepared, tmp_path, workers, caplog):
+    folder = tmp_path / "broken"
+    shutil.copytree(prepared, folder)
+    whole, dataset = train_set(folder), train_set(folder)
+    dataset.max_bad = 0.03  # of 40: one
+    expected = batches_of(whole, 0, stop=10)
+    path, second = (folder / dataset.records[i].path for i in (11, 12))
+    path.write_bytes(b"")
+    caplog.set_level("WARNING", logger="ssrl")
+    found = batches_of(dataset, workers, stop=10)  # two epochs
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path}: is empty; mend the file, or run prepare_data.py, which leaves it out. "
+        "Another one takes its place; 1 so far"
+    ]
+    replaced = 0
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["index"], other["index"])
+        same = (one["global"] == other["global"]).flatten(1).all(dim=1)
+        assert torch.equal(~same, one["index"] == 11) and torch.equal(one["bad"] == 11, ~same)
+        replaced += int((~same).sum())
+    assert replaced == 2
+    assert all(map(equal, found, batches_of(dataset, 0, stop=10)))  # the same ones each time
+    second.write_bytes(b"")
+    with pytest.raises(InputError, match="2 of 40 photographs, over --max-bad 0.03"):
+        batches_of(dataset, workers, stop=10)
+
+
+def test_prepared_pictures_that_kept_their_sides_are_padded(prepared, tmp_path):
+    folder = tmp_path / "oblong"
+    shutil.copytree(prepared, folder)
+    dataset = train_set(folder, view=WholeView(SIDE))
+    path = folder / dataset.records[3].path
+    Image.new("RGB", (SIDE, SIDE // 2), (200, 100, 50)).save(path)
+    image = dataset[3]["image"].float()
+    quarter = SIDE // 4
+    assert image[:, : quarter - 4].max() < 30 and image[:, -quarter + 4 :].max() < 30
+    assert image[0, quarter + 4 : -quarter - 4].min() > 170
 
 
 # --------------------------------------------------------------------------------------------- sets

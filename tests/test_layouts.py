@@ -4,12 +4,12 @@ Run: pytest tests/test_layouts.py
 """
 
 import os
-from collections import Counter, defaultdict
-from dataclasses import replace
+from collections import Counter
 
 import pytest
 
-from layouts import Manifest, Record, open_data, read_manifest, split_patients, write_manifest
+from layouts import Reading, open_data
+from manifest import Record, write_manifest
 from utils import InputError
 
 
@@ -221,7 +221,7 @@ def class_tree(root, splits, names, count=4):
 def test_class_folders(tmp_path, names):
     class_tree(tmp_path, ["train", "val", "test"], names)
     manifest = open_data(tmp_path)
-    assert (manifest.layout, manifest.prepared) == ("class folders", False)
+    assert (manifest.layout, manifest.prepared) == ("class_folders", False)
     assert Counter((r.split, r.grade) for r in manifest.records) == {
         (split, grade): 4 for split in ("train", "val", "test") for grade in range(5)
     }
@@ -249,7 +249,7 @@ def test_class_folders_without_splits(tmp_path):
     for grade in range(5):
         touch(tmp_path, *(f"{grade}/{grade}{i}.png" for i in range(20)))
     manifest = open_data(tmp_path)
-    assert manifest.layout == "class folders"
+    assert manifest.layout == "class_folders"
     assert Counter(record.grade for record in manifest.split("test")) == dict.fromkeys(range(5), 4)
     assert len(manifest.split("val")) == 8
 
@@ -323,13 +323,11 @@ def test_links_are_followed_and_do_not_go_round(tmp_path):
     assert len(open_data(tmp_path / "data").records) == 2
 
 
-@pytest.mark.parametrize("make", ["eyepacs", "class folders", "manifest"])
+@pytest.mark.parametrize("make", ["class_folders", "manifest"])
 def test_one_level_too_high_names_the_folder(tmp_path, make):
     inner = tmp_path / "inner"
     inner.mkdir()
-    if make == "eyepacs":
-        eyepacs(inner, 3)
-    elif make == "class folders":
+    if make == "class_folders":
         class_tree(inner, ["train", "test"], "01")
     else:
         touch(inner, "a.png")
@@ -350,220 +348,159 @@ def test_nothing_there(tmp_path):
         open_data(tmp_path / "readme.txt")
 
 
-# ---------------------------------------------------------------------------------------- manifest
-
-ROWS = [
-    Record(
-        "images/1_left.jpg", 0, "1", "left", "train", "train/1_left.jpeg", 4752, 3168, "ab" * 32
-    ),
-    Record("images/1_right.jpg", None, "1", "right", "train"),
-    Record("images/a, b.jpg", 4, "\u00e9", "", "val"),
-    Record("images/c.jpg", 2, "c", "", "test"),
-]
+# ----------------------------------------------------------------------- data sets as downloaded
 
 
-def make_manifest(root, rows=ROWS):
-    touch(root, *(record.path for record in rows))
-    write_manifest(root, rows)
+def published(manifest):
+    """The note that holds what was found against what the data set publishes."""
+    return [note for note in manifest.notes if "photographs of grades 0-4" in note]
 
 
-def test_manifest_round_trip(tmp_path):
-    make_manifest(tmp_path)
-    for manifest in (read_manifest(tmp_path), open_data(tmp_path / "manifest.csv")):
-        assert manifest.records == tuple(ROWS)
-        assert (manifest.root, manifest.prepared) == (tmp_path, False)
-    assert sorted(os.listdir(tmp_path)) == ["images", "manifest.csv"]
-    (tmp_path / "data_report.json").touch()  # by which prepared folders are known
-    assert read_manifest(tmp_path).prepared
+def test_aptos(tmp_path):
+    """train.csv with grades, test.csv without, no patients; splits are made."""
+    rows = [f"id{i:03d},{i % 5}" for i in range(50)]
+    (tmp_path / "train.csv").write_text("id_code,diagnosis\n" + "\n".join(rows))
+    (tmp_path / "test.csv").write_text("id_code\nhidden\n")
+    (tmp_path / "sample_submission.csv").write_text("id_code,diagnosis\nhidden,0\n")
+    touch(tmp_path, "test_images/hidden.png", *(f"train_images/id{i:03d}.png" for i in range(50)))
+    manifest = open_data(tmp_path)
+    assert manifest.layout == "aptos" and len(manifest.records) == 50
+    assert all(r.grade == int(r.patient[2:]) % 5 for r in manifest.records)
+    assert Counter(r.split for r in manifest.records) == {"train": 36, "val": 4, "test": 10}
+    notes = "\n".join(manifest.notes)
+    assert "1 photographs of test.csv left out" in notes and "patients are not published" in notes
+    assert published(manifest) == [
+        "train: 50 photographs of grades 0-4 (10, 10, 10, 10, 10); "
+        "published 3662 (1805, 370, 999, 193, 295)"
+    ]
 
 
-def test_fingerprint_depends_on_rows_and_not_on_place_or_order(tmp_path):
-    one = Manifest(tmp_path, tuple(ROWS), True, "prepared")
-    assert (
-        Manifest(tmp_path / "x", tuple(ROWS[::-1]), False, "eyepacs").fingerprint == one.fingerprint
+def test_aptos_mirror_with_three_labelled_parts(tmp_path):
+    for part, name in (("train", "train_1.csv"), ("val", "valid.csv"), ("test", "test.csv")):
+        (tmp_path / name).write_text(f"id_code,diagnosis\n{part}0,0\n{part}1,4\n")
+        touch(tmp_path, f"{part}_images/{part}_images/{part}0.png")
+        touch(tmp_path, f"{part}_images/{part}_images/{part}1.png")
+    found = {(r.patient, r.grade, r.split) for r in open_data(tmp_path).records}
+    assert found == {(f"{p}{i}", 4 * i, p) for p in ("train", "val", "test") for i in range(2)}
+
+
+def test_ddr(tmp_path):
+    """Blank-separated lists, the split folder `valid`, grade 5 dropped and counted."""
+    base = tmp_path / "DDR-dataset" / "DR_grading"
+    for number, part in enumerate(("train", "valid", "test")):
+        names = [f"00{number}-{i:04d}-000.jpg" for i in range(12)]
+        touch(base / part, *names)
+        lines = [f"{name} {i % 6}" for i, name in enumerate(names)]
+        (base / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    manifest = open_data(tmp_path)
+    assert manifest.layout == "ddr" and len(manifest.records) == 30
+    assert Counter(r.split for r in manifest.records) == {"train": 10, "val": 10, "test": 10}
+    assert sum("2 photographs left out, ungradable (grade 5)" in n for n in manifest.notes) == 3
+    assert "all: 30 photographs of grades 0-4 (6, 6, 6, 6, 6); published 12522" in "".join(
+        manifest.notes
     )
-    changes = {"path": "x", "grade": 1, "patient": "x", "split": "test", "sha256": "0"}
-    for name, value in changes.items():
-        rows = (replace(ROWS[0], **{name: value}), *ROWS[1:])
-        assert Manifest(tmp_path, rows, True, "prepared").fingerprint != one.fingerprint
-    assert len(one.fingerprint) == 64
+    (base / "test.txt").write_text("002-0000-000.jpg 6\n")
+    with pytest.raises(InputError, match=r"test\.txt, row 1: level is '6'"):
+        open_data(tmp_path)
 
 
-def test_failed_writing_keeps_the_old_manifest(tmp_path):
-    make_manifest(tmp_path)
-    with pytest.raises(TypeError):
-        write_manifest(tmp_path, [*ROWS, None])
-    assert read_manifest(tmp_path).records == tuple(ROWS)
-    assert sorted(os.listdir(tmp_path)) == ["images", "manifest.csv"]
+def messidor2(root, pairs):
+    rows = ["image_id,adjudicated_dr_grade,adjudicated_dme,adjudicated_gradable"]
+    rows += ["20051020_43808_0100_PP.png,0,0,1", "IM004832.jpg,3,1,1", "IM004833.jpg,,,0"]
+    (root / "messidor_data.csv").write_text("\n".join(rows))
+    touch(root, "IMAGES/20051020_43808_0100_PP.png", "IMAGES/IM004832.JPG", "IMAGES/IM004833.JPG")
+    if pairs:
+        (root / "messidor-2.csv").write_text(
+            "examID;left;right\n20051020_43808_0100_PP.png;IM004832.JPG\nIM004833.JPG;x.JPG\n"
+        )
 
 
-def write_csv(root, *lines, header="path,grade,patient,eye,split"):
-    touch(root, "a.jpg", "b.jpg")
-    (root / "manifest.csv").write_text("\n".join([header, *lines]))
+@pytest.mark.parametrize("pairs", [False, True])
+def test_messidor2(tmp_path, pairs):
+    """`.jpg` in the csv, `.JPG` on disk; ungradable ones dropped; all of it is a test set."""
+    messidor2(tmp_path, pairs)
+    manifest = open_data(tmp_path)
+    found = [(r.path, r.grade, r.split) for r in manifest.records]
+    assert manifest.layout == "messidor2" and found == [
+        ("IMAGES/20051020_43808_0100_PP.png", 0, "test"),
+        ("IMAGES/IM004832.JPG", 3, "test"),
+    ]
+    assert len({r.patient for r in manifest.records}) == (1 if pairs else 2)
+    assert any(note.startswith("1 photographs left out, ungradable") for note in manifest.notes)
+    assert any("published 1744" in note for note in manifest.notes)
 
 
-def test_manifest_by_hand(tmp_path):
-    header = "split,eye,patient,grade,path,comment"
-    write_csv(tmp_path, "Train,LEFT,p,2.0,./a.jpg,x", ",,,,,", "testing,,q,,b.jpg", header=header)
-    manifest = read_manifest(tmp_path)
-    assert manifest.records == (
-        Record("a.jpg", 2, "p", "left", "train"),
-        Record("b.jpg", None, "q", "", "test"),
-    )
-    assert not manifest.prepared  # raw photographs, still to be cropped
-    (tmp_path / "manifest.csv").write_text(
-        "path,grade,patient,eye,split\na.jpg,0,p,,train\nb.jpg,0,q,,train\n"
-    )
-    assert len(open_data(tmp_path).split("test")) == 1
+def idrid(root):
+    header = "Image name,Retinopathy grade,Risk of macular edema ,,,\n"
+    images, truths = root / "1. Original Images", root / "2. Groundtruths"
+    for letter, part, count in (("a", "Training", 6), ("b", "Testing", 3)):
+        touch(
+            images / f"{letter}. {part} Set", *(f"IDRiD_{i:03d}.jpg" for i in range(1, count + 1))
+        )
+        rows = "".join(f"IDRiD_{i:03d},{i % 5},0,,,\n" for i in range(1, count + 1))
+        truths.mkdir(exist_ok=True)
+        name = f"{letter}. IDRiD_Disease Grading_{part} Labels.csv"
+        (truths / name).write_text(header + rows)
 
 
-@pytest.mark.parametrize(
-    "row, fault",
-    [
-        ("a.jpg,5,p,,train", "grade is '5'; expected 0, 1, 2, 3, 4"),
-        ("a.jpg,2.5,p,,train", "grade is '2.5'"),
-        ("a.jpg,nan,p,,train", "grade is 'nan'"),
-        ("a.jpg,-0,p,,train", "grade is '-0'"),
-        ("a.jpg,mild,p,,train", "grade is 'mild'"),
-        ("a.jpg,1,,,train", "patient is ''"),
-        ("a.jpg,1,p,both,train", "eye is 'both'"),
-        ("a.jpg,1,p,,dev", "split is 'dev'; expected train, val or test"),
-        ("a.jpg,1,p", "split is ''"),
-        (",1,p,,train", "path is ''"),
-        ("/etc/passwd,1,p,,train", "path is '/etc/passwd'"),
-        ("../a.jpg,1,p,,train", "path is"),
-        ("x/../../a.jpg,1,p,,train", "path is"),
-        ("..\\a.jpg,1,p,,train", "path is"),
-        ("C:/a.jpg,1,p,,train", "path is"),
-        ("\\\\server\\a.jpg,1,p,,train", "path is"),
-        ("a\0.jpg,1,p,,train", "path is"),
-        ("b.jpg,1,q,,train", "b.jpg is in .*manifest.csv, row 2 too"),
-        ("./b.jpg,1,q,,train", "b.jpg is in .*manifest.csv, row 2 too"),
-        ("none.jpg,1,q,,train", "1 of 2 files are not there: none.jpg"),
-        ("x/none.jpg,1,q,,train", "1 of 2 files are not there: x/none.jpg"),
-        ("folder.jpg,1,q,,train", "1 of 2 files are not there: folder.jpg"),
-    ],
-)
-def test_every_fault_names_the_file_and_row(tmp_path, row, fault):
-    (tmp_path / "folder.jpg").mkdir()
-    write_csv(tmp_path, "b.jpg,0,q,,train", row)
-    with pytest.raises(InputError, match=rf"manifest\.csv, row 3: {fault}".replace("\\a", ".a")):
-        read_manifest(tmp_path)
+def test_idrid(tmp_path):
+    """Trailing blanks and empty columns in headers; the same numbers in train and test."""
+    idrid(tmp_path / "B. Disease Grading")
+    touch(tmp_path, "A. Segmentation/1. Original Images/a. Training Set/IDRiD_01.jpg")
+    manifest = open_data(tmp_path)
+    assert manifest.layout == "idrid" and len(manifest.records) == 9
+    found = Counter(r.split for r in manifest.records)
+    assert found["test"] == 3 and found["train"] + found["val"] == 6
+    assert len({r.patient for r in manifest.records}) == 9
+    grades = {r.path.rpartition("/")[2]: r.grade for r in manifest.records if r.split == "test"}
+    assert grades == {"IDRiD_001.jpg": 1, "IDRiD_002.jpg": 2, "IDRiD_003.jpg": 3}
+    assert len(published(manifest)) == 2
 
 
-def test_rows_are_numbered_as_an_editor_does(tmp_path):
-    write_csv(tmp_path, "", 'a.jpg,0,"two', 'lines",,train', "b.jpg,9,q,,train")
-    with pytest.raises(InputError, match="row 5: grade is '9'"):
-        read_manifest(tmp_path)
+def test_any_csv_with_named_columns(tmp_path):
+    rows = ["file,dr,who", "a/1.png,0,ann", "a/2.png,4,ann", "b/1.png,2,bob", "b/2.png,,cid"]
+    (tmp_path / "clinic.csv").write_text("\n".join(rows))
+    touch(tmp_path, "a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png")
+    manifest = open_data(tmp_path, reading=Reading("file", "dr", "who"))
+    found = {(r.path, r.grade, r.patient) for r in manifest.records}
+    assert found == {
+        ("a/1.png", 0, "ann"),
+        ("a/2.png", 4, "ann"),
+        ("b/1.png", 2, "bob"),
+        ("b/2.png", None, "cid"),
+    }
+    (tmp_path / "clinic.csv").write_text("file,dr\n1.jpg,0\n3.jpg,1\n")  # names alone
+    with pytest.raises(InputError, match=r"a/1\.png and b/1\.png have the same name"):
+        open_data(tmp_path, reading=Reading("file", "dr"))
+    (tmp_path / "clinic.csv").write_text("file,dr\na/1.png,0\nb/2.png,1\n")
+    assert open_data(tmp_path / "clinic.csv", reading=Reading("file", "dr")).layout == "csv"
+    for bad in ("/etc/passwd", "../x.png", "C:\\x.png"):
+        (tmp_path / "clinic.csv").write_text(f"file,dr\na/1.png,0\n{bad},1\n")
+        with pytest.raises(InputError, match=r"clinic\.csv, row 3: path is"):
+            open_data(tmp_path, reading=Reading("file", "dr"))
 
 
-def test_faults_of_the_whole_csv(tmp_path):
-    write_csv(tmp_path, "a.jpg,0", header="path,grade")
-    with pytest.raises(InputError, match="no column patient, eye, split"):
-        read_manifest(tmp_path)
-    write_csv(tmp_path)
-    with pytest.raises(InputError, match="no rows"):
-        read_manifest(tmp_path)
-    (tmp_path / "manifest.csv").write_bytes("path,grade".encode("utf-16"))
-    with pytest.raises(InputError, match="UTF-8"):
-        read_manifest(tmp_path)
+def test_class_folders_by_a_map(tmp_path):
+    touch(tmp_path, "train/healthy/a.png", "train/sick/b.png", "test/healthy/c.png")
+    with pytest.raises(InputError, match="--grades healthy 0"):
+        open_data(tmp_path)
+    manifest = open_data(tmp_path, reading=Reading(grades={"healthy": 0, "Sick": 2}))
+    assert {r.path: r.grade for r in manifest.records} == {
+        "train/healthy/a.png": 0,
+        "train/sick/b.png": 2,
+        "test/healthy/c.png": 0,
+    }
 
 
-@pytest.mark.parametrize("where", ["file", "folder"])
-def test_links_out_of_the_folder_are_refused(tmp_path, where):
-    touch(tmp_path / "secret", "s.jpg")
-    root = tmp_path / "data"
-    root.mkdir()
-    write_csv(root, "b.jpg,0,q,,train", ("s.jpg" if where == "file" else "f/s.jpg") + ",0,p,,train")
-    if where == "file":
-        os.symlink(tmp_path / "secret" / "s.jpg", root / "s.jpg")
-    else:
-        os.symlink(tmp_path / "secret", root / "f")
-    with pytest.raises(InputError, match="row 3: .*s.jpg is a link out of the folder"):
-        read_manifest(root)
+def test_a_layout_by_name_that_is_not_there(tmp_path):
+    touch(tmp_path, "a.png")
+    with pytest.raises(InputError, match="no photographs of ddr"):
+        open_data(tmp_path, "ddr")
 
 
-def test_links_within_the_folder_are_fine(tmp_path):
-    write_csv(tmp_path, "b.jpg,0,q,,train", "s.jpg,0,p,,train")
-    os.symlink(tmp_path / "a.jpg", tmp_path / "s.jpg")
-    assert len(read_manifest(tmp_path).records) == 2
-
-
-def test_leaks_in_a_manifest_are_refused_with_five_examples(tmp_path):
-    rows = [Record(f"{i}{s}.jpg", 0, f"p{i}", "", s) for i in range(8) for s in ("train", "val")]
-    make_manifest(tmp_path, rows)
-    with pytest.raises(InputError, match="8 patients are in more than one split") as caught:
-        read_manifest(tmp_path)
-    assert str(caught.value).count("(train, val)") == 5
-    assert "manifest.csv" in str(caught.value) and "keep each in one" in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------ splits
-
-
-def patients_with(grades, split="train"):
-    """Two eyes for each patient; the worse one has the grade given."""
-    records = []
-    for patient, grade in enumerate(grades):
-        better = grade if grade is None else patient % (grade + 1)
-        for eye, value in (("left", better), ("right", grade)):
-            records.append(Record(f"{patient}_{eye}.jpg", value, f"{split}{patient}", eye, split))
-    return records
-
-
-GRADES = [0] * 700 + [1] * 71 + [2] * 143 + [3] * 21 + [4] * 30 + [None] * 40
-
-
-def test_split_patients_is_disjoint_and_stratified_by_the_worse_eye():
-    records = split_patients(patients_with(GRADES))
-    assert [record.path for record in records] == [r.path for r in patients_with(GRADES)]
-    assert_disjoint(records)
-    worse = defaultdict(list)
-    for record in records[1::2]:  # the right eyes
-        worse[record.grade].append(record.split)
-    for grade, splits in worse.items():
-        counts, total = Counter(splits), GRADES.count(grade)
-        assert abs(counts["test"] - 0.2 * total) <= 1
-        assert abs(counts["val"] - 0.08 * total) <= 1
-    patients = {name: len(p) for name, p in splits_of(records).items()}
-    assert patients == {"test": 201, "val": 80, "train": 724}
-
-
-def test_split_patients_depends_on_the_patients_alone():
-    records = patients_with(GRADES)
-    one = {r.path: r.split for r in split_patients(records)}
-    assert {r.path: r.split for r in split_patients(records[::-1])} == one
-    assert {r.path: r.split for r in split_patients(records, seed=1)} != one
-    fewer = {r.path: r.split for r in split_patients(records[:-2])}
-    assert sum(one[path] != split for path, split in fewer.items()) < 0.1 * len(fewer)
-
-
-def test_split_patients_keeps_what_is_given():
-    given = patients_with(GRADES[:100]) + patients_with([1] * 30, "test")
-    records = split_patients(given)
-    assert splits_of(records)["test"] == {f"test{i}" for i in range(30)}
-    assert len(splits_of(records)["val"]) == 10
-    complete = split_patients(records)
-    assert complete == records  # nothing is left to do
-    only_test = patients_with([0, 1, 2], "test")
-    assert split_patients(only_test) == only_test
-
-
-def test_split_patients_makes_val_the_test_where_there_is_none():
-    records = split_patients(patients_with(GRADES[:100]) + patients_with([1] * 30, "val"))
-    assert splits_of(records)["test"] == {f"val{i}" for i in range(30)}
-    assert len(splits_of(records)["val"]) == 10
-    assert_disjoint(records)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_split_patients_of_few_patients_always_leaves_some_to_train(count):
-    records = split_patients(patients_with([2] * count))
-    assert splits_of(records)["train"]
-    assert bool(splits_of(records)["test"]) == (count > 1)
-
-
-def test_split_patients_refuses_leaks():
-    records = patients_with([0, 1]) + [Record("x.jpg", 0, "train1", "", "test")]
-    with pytest.raises(InputError, match=r"train1 \(test, train\)"):
-        split_patients(records)
+def test_sample_submission_beside_photographs_is_told(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "sampleSubmission.csv").write_text("image,level\na,0\nb,0\n")
+    manifest = open_data(tmp_path)
+    assert all(r.grade is None for r in manifest.records)
+    assert any("sampleSubmission.csv is not read" in note for note in manifest.notes)

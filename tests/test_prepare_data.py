@@ -18,21 +18,25 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from layouts import open_data, read_manifest
-from photographs import load_photograph
+from layouts import open_data
+from manifest import read_manifest
+from photographs import load_photograph, read_photograph, subtract_local_mean
 from prepare_data import PrepareOptions, Task, main, picture_paths, prepare_photographs
+from synthetic import DrawnEye, draw_photograph
 from utils import InputError, Stopped
 
 SIZE = 64
 
 
 def draw(path, seed, width=160, height=108):
-    """A shaded disc on black, another one for every seed."""
+    """A shaded, blotched disc on black, another one for every seed."""
     rng = np.random.default_rng(seed)
+    blotches = Image.fromarray(rng.integers(0, 256, (12, 18), dtype=np.uint8))
     y, x = np.mgrid[:height, :width]
     radius, left = rng.uniform(0.36, 0.44) * height, rng.uniform(0.4, 0.6) * width
     distance = np.hypot(x - left, y - height / 2) / radius
     light = np.where(distance < 1, rng.uniform(120, 250) * (1 - 0.4 * distance**2), 0)
+    light *= 0.7 + 0.3 * np.asarray(blotches.resize((width, height), Image.BICUBIC)) / 255
     image = light[..., None] * [1, rng.uniform(0.3, 0.7), 0.3]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.astype(np.uint8)).save(path, quality=95)
@@ -105,8 +109,86 @@ def test_report_counts_what_there_is(source, tmp_path):
     train, test = (report["splits"][split]["by_grade"] for split in ("train", "test"))
     assert report["splits"]["test"]["majority"] == round(test[np.argmax(train)] / sum(test), 4)
     assert report["doubtful_crops"] == ["images/7_left.jpg"]
-    assert report["duplicates"] == ["images/4_left.jpg = images/59_right.jpg"]
+    pair = "images/4_left.jpg = images/59_right.jpg (1.00)"
+    assert report["copies"] == [pair] and report["copies_with_other_grades"] == []
+    assert report["copies_of_other_patients"] == [f"{pair}: 4, 59"]
+    assert report["copies_in_other_splits"] == []  # they are kept together
+    assert report["blank"] == ["images/7_left.jpg"] and report["near_black"] == []
     assert report["left_out"] == [] and report["layout"] == "eyepacs"
+
+
+def copy_of(path, target, kind):
+    """A copy as mirrors have them: the same bytes, compressed again, half as large, brighter."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(path) as image:
+        if kind == "copied":
+            shutil.copy(path, target)
+        elif kind == "compressed":
+            image.save(target, quality=50)
+        elif kind == "resized":
+            image.resize((image.width * 3 // 4, image.height * 3 // 4)).save(target, quality=90)
+        else:
+            image.point(lambda v: min(255, int(1.15 * v))).save(target, quality=95)
+
+
+def test_all_copies_under_other_patients_names_are_found_and_nothing_else(tmp_path):
+    """50 planted among 150 eyes drawn as such; no patient of a copy is parted from its origin."""
+    source, planted = tmp_path / "source", set()
+    for number in range(100):
+        eye = DrawnEye(f"p{number}", "left", number % 5, (77, number, 0))
+        path = source / f"p{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw_photograph(eye, 256)[0]).save(path, quality=92)
+    for number in range(50):
+        kind = ("copied", "compressed", "resized", "brighter")[number % 4]
+        copy_of(source / f"p{number}.jpg", source / f"q{number}.jpg", kind)
+        planted.add((f"images/p{number}.jpg", f"images/q{number}.jpg"))
+    manifest = prepare(source, tmp_path / "out", size=256)
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert {tuple(line.split(" ")[0:3:2]) for line in report["copies"]} == planted
+    assert len(report["copies_of_other_patients"]) == 50
+    assert report["copies_in_other_splits"] == []
+    split = {Path(r.path).stem: r.split for r in manifest.records}
+    assert all(split[f"p{n}"] == split[f"q{n}"] for n in range(50))
+
+
+def test_copies_in_published_splits_and_with_other_grades_are_told(tmp_path):
+    source = tmp_path / "source"
+    for split, grade, seed in (("train", 0, 1), ("train", 1, 2), ("test", 0, 3), ("test", 3, 1)):
+        draw(source / split / str(grade) / f"{split}{grade}.jpg", seed)
+    prepare(source, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    pair = "images/test3.jpg = images/train0.jpg (1.00)"
+    (told,) = report["copies_in_other_splits"]
+    assert told.startswith(f"{pair}: test, ") and told.endswith(("train", "val"))
+    assert report["copies_with_other_grades"] == [f"{pair}: 3, 0"]
+
+
+@pytest.mark.parametrize("options", [{"graham": True}, {"keep_aspect": True}, {}], ids=str)
+def test_png_holds_what_was_computed(drawn, tmp_path, options):
+    manifest = prepare(drawn, tmp_path / "out", image_format="png", workers=1, **options)
+    record = manifest.records[5]
+    with Image.open(tmp_path / "out" / record.path) as picture:
+        got = np.array(picture)
+        assert picture.format == "PNG" and record.path.endswith(".png")
+    aspect = options.get("keep_aspect", False)
+    expected = read_photograph(drawn / record.source, SIZE, keep_aspect=aspect).picture
+    expected = subtract_local_mean(expected) if options.get("graham") else expected
+    assert np.array_equal(got, expected)
+    with pytest.raises(InputError, match="made with --image-format png"):
+        prepare(drawn, tmp_path / "out", **options)
+
+
+def test_folds_are_manifests_of_the_same_pictures(drawn, tmp_path):
+    manifest = prepare(drawn, tmp_path / "out", folds=3)
+    tested = []
+    for fold in (1, 2, 3):
+        rows = open_data(tmp_path / "out" / f"manifest-fold-{fold}.csv")
+        assert rows.prepared and {r.path for r in rows.records} == {
+            r.path for r in manifest.records
+        }
+        tested += [r.patient for r in rows.split("test") if r.eye == "left"]
+    assert sorted(tested) == sorted({r.patient for r in manifest.records})
 
 
 def test_one_bad_photograph_costs_only_itself(drawn, tmp_path):
