@@ -127,7 +127,7 @@ def read_photograph(
     `keep_aspect` leaves the padding to a square to the reader.
     """
     # JPEG's own scaling saves time. It is fine as long as the fundus still has to be made smaller.
-    for min_side in (3 * size // 2, None):
+    for min_side in (size, 2 * size, None):
         image, width, height = _decode(path, min_side, allow_truncated)
         if min(width, height) < MIN_SIDE:
             raise PhotographError(f"is only {width} x {height} pixels; each side needs {MIN_SIDE}")

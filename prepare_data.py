@@ -260,8 +260,8 @@ def find_copies(
     table = np.frombuffer(b"".join(looks), np.int8).reshape(len(paths), -1).astype(np.float32)
     table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
     close, full = [], functools.lru_cache(4096)(lambda p: signature(open_photograph(out / p)))
-    for start in range(0, len(paths), 2048):
-        one, other = np.nonzero(table[start : start + 2048] @ table[start:].T > CLOSE)
+    for start in range(0, len(paths), 512):
+        one, other = np.nonzero(table[start : start + 512] @ table[start:].T > CLOSE)
         close += [(i + start, j + start) for i, j in zip(one, other, strict=True) if i < j]
     likely = [(paths[i], paths[j]) for i, j in close]
     found = {pair: alike(*(full(pictures[path]) for path in pair)) for pair in likely}
