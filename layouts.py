@@ -257,6 +257,8 @@ def _csv(found: Found, name: str) -> list[Record]:
     files = files or [file for file in found.tables.values() if file.endswith(".csv")]
     if len(files) != 1:
         raise InputError(f"{found.root}: holds {some(files) or 'no csv'}; name one as --source")
+    if PurePosixPath(files[0]).name.lower().replace("_", "").startswith("samplesubmission"):
+        raise InputError(f"{found.root / files[0]}: its grades are placeholders; name the real csv")
     columns = [c for c in (reading.path_column, reading.grade_column, reading.patient_column) if c]
     if not reading.path_column:
         raise InputError(f"{found.root / files[0]}: name the column of paths with --path-column")

@@ -504,3 +504,6 @@ def test_sample_submission_beside_photographs_is_told(tmp_path):
     manifest = open_data(tmp_path)
     assert all(r.grade is None for r in manifest.records)
     assert any("sampleSubmission.csv is not read" in note for note in manifest.notes)
+    for path in (tmp_path, tmp_path / "sampleSubmission.csv"):
+        with pytest.raises(InputError, match=r"sampleSubmission\.csv: its grades are placeholders"):
+            open_data(path, reading=Reading("image", "level"))
