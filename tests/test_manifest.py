@@ -4,6 +4,7 @@ Run with `python -m pytest tests/test_manifest.py`.
 """
 
 import os
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -284,3 +285,16 @@ def test_folds_test_every_patient_once_and_are_stratified():
     for wrong in (1, 151):
         with pytest.raises(InputError, match=f"--folds {wrong}"):
             fold_splits(records, wrong)
+
+
+def test_all_of_50_planted_leaks_are_counted(tmp_path):
+    records = [Record(f"{i}.jpg", i % 5, f"p{i}", "left", "train") for i in range(300)]
+    records += [Record(f"t{i}.jpg", i % 5, f"q{i}", "left", "test") for i in range(50)]
+    records += [Record(f"l{i}.jpg", i % 5, f"p{6 * i}", "right", "test") for i in range(50)]
+    touch(tmp_path, *(record.path for record in records))
+    write_manifest(tmp_path, records)
+    with pytest.raises(InputError, match="50 patients are in more than one split") as caught:
+        read_manifest(tmp_path)
+    told = re.findall(r"(p[0-9]+) \(test, train\)", str(caught.value))
+    assert len(told) == 5 and all(int(name[1:]) % 6 == 0 for name in told)
+    assert "keep each in one, or put all into train" in str(caught.value)
