@@ -196,16 +196,14 @@ def _ddr(found: Found) -> list[Record] | None:
     files = {word: found.tables.get(f"{word}.txt") for word in ("train", "valid", "test")}
     items: list[tuple] = []
     for word, file in files.items():
-        if file is None or read_header(found.root / file)[:1] == []:
+        text = (found.root / file).read_text("utf-8-sig", "replace") if file else ""
+        if not re.match(r"\S+ \d+\s", text):  # any other list of that name
             continue
-        folder = str(PurePosixPath(file).parent / word)
-        rows = []
-        lines = (found.root / file).read_text("utf-8-sig").splitlines()
-        for number, line in enumerate(lines, 1):
-            name, _, grade = line.strip().rpartition(" ")
-            if line.strip():
-                rows.append((f"{found.root / file}, row {number}", name.strip(), grade))
-        inside = found.below(folder)
+        lines = [line.strip().rpartition(" ") for line in text.splitlines()]
+        places = (f"{found.root / file}, row {number}" for number in range(1, len(lines) + 1))
+        both = zip(places, lines, strict=True)
+        rows = [(where, name.strip(), grade) for where, (name, _, grade) in both if grade]
+        inside = found.below(str(PurePosixPath(file).parent / word))
         items += found.match(inside, file, SPLITS[word], rows, {"5": "ungradable (grade 5)"})
     if items:
         found.notes.append(NO_PATIENTS)
@@ -230,11 +228,10 @@ def _messidor2(found: Found) -> list[Record] | None:
         found.notes.append(NO_PATIENTS + " (messidor-2.csv of the download pairs the eyes)")
         return records
     exam = {}
-    for number, line in enumerate((found.root / pairs).read_text("utf-8-sig").splitlines()):
-        names = re.split("[;,\t]", line)
-        exam |= {PurePosixPath(name.strip()).stem.casefold(): f"exam {number}" for name in names}
-    stems = (PurePosixPath(r.path).stem.casefold() for r in records)
-    return [replace(r, patient=exam.get(s, r.patient)) for r, s in zip(records, stems, strict=True)]
+    lines = (found.root / pairs).read_text("utf-8-sig", "replace").splitlines()
+    for number, line in enumerate(lines):
+        exam |= {stem_of(n.strip()): f"exam {number}" for n in re.split("[;,\t]", line)}
+    return [replace(r, patient=exam.get(stem_of(r.path), r.patient)) for r in records]
 
 
 def _idrid(found: Found) -> list[Record] | None:
@@ -344,7 +341,7 @@ def _scan(root: Path, reading: Reading) -> Found:
         photographs += [path for name, path in paths if name.endswith(SUFFIXES)]
         tables += [path for name, path in paths if name.endswith((".csv", ".txt"))]
         seen.add(real)
-    tables.sort(key=lambda path: (-path.count("/"), path), reverse=False)
+    tables.sort(key=lambda path: (-path.count("/"), path))
     by_name = {PurePosixPath(path).name.lower(): path for path in tables}  # the uppermost stays
     return Found(root, sorted(photographs), by_name, reading)
 

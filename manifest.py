@@ -39,7 +39,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All photographs of a data set; `prepared` ones are square, `notes` are to be said aloud."""
+    """All photographs of a data set; `prepared` ones are cropped, `notes` are to be said aloud."""
 
     root: Path
     records: tuple[Record, ...]

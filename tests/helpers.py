@@ -64,3 +64,25 @@ def evaluation(options, manifest: Manifest, output: Path, seed: int = 0) -> Eval
     weights = Weights(backbone.state_dict(), PICO, f"pico{seed}.pth", f"sha-{seed}", None, {})
     frozen = vision_transformer.load_backbone(weights)
     return Evaluation(options, weights, frozen, None, output, manifest, PICO.image_size)
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+def by_path(manifest):
+    return {record.path: record for record in manifest.records}
+
+
+def splits_of(records):
+    return {
+        name: {r.patient for r in records if r.split == name} for name in ("train", "val", "test")
+    }
+
+
+def assert_disjoint(records):
+    patients = splits_of(records)
+    total = len({record.patient for record in records})
+    assert sum(map(len, patients.values())) == total

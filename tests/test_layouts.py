@@ -7,16 +7,11 @@ import os
 from collections import Counter
 
 import pytest
+from helpers import assert_disjoint, by_path, splits_of, touch
 
 from layouts import Reading, open_data
 from manifest import Record, write_manifest
 from utils import InputError
-
-
-def touch(root, *paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
 
 
 def eyepacs(root, patients=20, split="train", first=0, suffix=".jpeg"):
@@ -29,22 +24,6 @@ def eyepacs(root, patients=20, split="train", first=0, suffix=".jpeg"):
     name = "trainLabels.csv" if split == "train" else "retinopathy_solution.csv"
     (root / name).write_text("\n".join(rows) + "\n")
     return rows
-
-
-def by_path(manifest):
-    return {record.path: record for record in manifest.records}
-
-
-def splits_of(records):
-    return {
-        name: {r.patient for r in records if r.split == name} for name in ("train", "val", "test")
-    }
-
-
-def assert_disjoint(records):
-    patients = splits_of(records)
-    total = len({record.patient for record in records})
-    assert sum(map(len, patients.values())) == total
 
 
 # ----------------------------------------------------------------------------------------- EyePACS
@@ -402,6 +381,12 @@ def test_ddr(tmp_path):
     (base / "test.txt").write_text("002-0000-000.jpg 6\n")
     with pytest.raises(InputError, match=r"test\.txt, row 1: level is '6'"):
         open_data(tmp_path)
+
+
+def test_a_list_that_holds_no_grades_is_not_taken_for_ddr(tmp_path):
+    touch(tmp_path, "train/a.png", "train/b.png")
+    (tmp_path / "train.txt").write_text("train/a.png\ntrain/b.png\n")
+    assert open_data(tmp_path).layout == "photographs"
 
 
 def messidor2(root, pairs):

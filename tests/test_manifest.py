@@ -9,33 +9,11 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
+from helpers import assert_disjoint, splits_of, touch
 
 from layouts import open_data
 from manifest import Manifest, Record, fold_splits, read_manifest, split_patients, write_manifest
 from utils import InputError
-
-
-def touch(root, *paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
-
-
-def by_path(manifest):
-    return {record.path: record for record in manifest.records}
-
-
-def splits_of(records):
-    return {
-        name: {r.patient for r in records if r.split == name} for name in ("train", "val", "test")
-    }
-
-
-def assert_disjoint(records):
-    patients = splits_of(records)
-    total = len({record.patient for record in records})
-    assert sum(map(len, patients.values())) == total
-
 
 # ---------------------------------------------------------------------------------------- manifest
 
