@@ -163,9 +163,10 @@ def signature(picture: np.ndarray) -> np.ndarray:
     level = max(12, 0.25 * np.percentile(light, 60))
     inside = Image.fromarray(np.asarray(small).max(axis=2) > level).convert("L")
     away = (np.arange(64) - 31.5) ** 2
-    within = np.asarray(inside.filter(ImageFilter.MinFilter(9))) & (away + away[:, None] < 830)
-    detail = np.clip(light - mean, -12, 12) * (within > 0)
-    detail -= detail.sum() / max(1, within.sum()) * (within > 0)
+    away = away + away[:, None] < 830  # squared pixels from the middle: a disc of radius 29
+    within = (np.asarray(inside.filter(ImageFilter.MinFilter(9))) > 0) & away
+    detail = np.clip(light - mean, -12, 12) * within
+    detail -= detail.sum() / max(1, within.sum()) * within
     return np.round(10 * detail).clip(-127, 127).astype(np.int8)
 
 

@@ -3,8 +3,8 @@
     python prepare_data.py --source RAW --out DATA
 
 Crops every photograph to its fundus, pads it to a square and resizes it, on all cores. Writes
-DATA/images/*.jpg, DATA/manifest.csv, DATA/data_report.json (what was left out and why, crops in
-doubt, duplicates) and DATA/prepare.jsonl, from which the same command goes on where it stopped.
+DATA/images/, DATA/manifest.csv, DATA/data_report.json (what was left out and why, crops in doubt,
+copies) and DATA/prepare.jsonl, from which the same command goes on where it stopped.
 """
 
 import base64
@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -43,7 +43,7 @@ from photographs import (
     signature,
     subtract_local_mean,
 )
-from utils import InputError, Stopped, log, run_main, write_atomic, write_json
+from utils import InputError, Stopped, check_options, log, run_main, write_atomic, write_json
 
 Layout = Literal[
     "auto", "eyepacs", "aptos", "ddr", "messidor2", "idrid", "class_folders", "photographs", "csv"
@@ -65,7 +65,7 @@ class PrepareOptions:
     layout: Layout = "auto"
     """How the data set lies on disk; auto tells by what is there."""
     path_column: str = ""
-    """Of a csv that no data set's own: the column of paths, relative to the csv, or of names."""
+    """Of a csv that is no data set's own: the column of paths, relative to the csv, or of names."""
     grade_column: str = ""
     """Its column of grades."""
     patient_column: str = ""
@@ -88,10 +88,12 @@ class PrepareOptions:
     """Show the traceback of errors that are otherwise one message."""
 
     def __post_init__(self) -> None:
-        if not 32 <= self.size <= 4096:
-            raise InputError(f"--size {self.size}: expected 32 to 4096 pixels")
-        if self.workers < 0:
-            raise InputError(f"--workers {self.workers}: expected 0 (all cores) or more")
+        check_options(self, "size", lambda v: 32 <= v <= 4096, "32 to 4096 pixels")
+        check_options(self, "workers", lambda v: v >= 0, "0 (all cores) or more")
+        check_options(self, "folds", lambda v: v == 0 or v > 1, "2 or more, or 0 for none")
+        check_options(self, "grades", lambda v: {*v.values()} <= {*range(5)}, "names and 0 to 4")
+        if (self.grade_column or self.patient_column) and not self.path_column:
+            raise InputError("--path-column: --grade-column and --patient-column want it, too")
 
 
 class Task(NamedTuple):
@@ -264,12 +266,10 @@ def find_copies(
         one, other = np.nonzero(table[start : start + 512] @ table[start:].T > CLOSE)
         close += [(i + start, j + start) for i, j in zip(one, other, strict=True) if i < j]
     likely = [(paths[i], paths[j]) for i, j in close]
-    found = {pair: alike(*(full(pictures[path]) for path in pair)) for pair in likely}
-    found = {pair: how for pair, how in found.items() if how > ALIKE}
-    same = defaultdict(list)
-    for path in paths:
-        same[facts[path]["sha256"]].append(path)
-    found |= {(group[0], path): 1.0 for group in same.values() for path in group[1:]}
+    scored = {pair: alike(*(full(pictures[path]) for path in pair)) for pair in likely}
+    found, first = {pair: how for pair, how in scored.items() if how > ALIKE}, {}
+    same = [(first.setdefault(facts[path]["sha256"], path), path) for path in paths]
+    found |= {pair: 1.0 for pair in same if pair[0] != pair[1]}
     return [(*pair, how) for pair, how in sorted(found.items())]
 
 

@@ -296,8 +296,11 @@ def test_another_size_or_a_foreign_folder_is_refused(source, tmp_path):
             prepare(source, inside)
     with pytest.raises(InputError, match="--size 8"):
         PrepareOptions("a", "b", size=8)
-    with pytest.raises(InputError, match="--workers -1"):
-        PrepareOptions("a", "b", workers=-1)
+    for name, value in (("workers", -1), ("folds", 1), ("folds", -2), ("grades", {"sick": 5})):
+        with pytest.raises(InputError, match=f"--{name}"):
+            PrepareOptions("a", "b", **{name: value})
+    with pytest.raises(InputError, match="--path-column"):
+        PrepareOptions("a", "b", grade_column="dr")
 
 
 def test_an_output_that_cannot_be_written_is_an_input_error(source, tmp_path):
