@@ -327,7 +327,7 @@ def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -
     sampler.set_range(state.step, run.total_steps)
     batches = data.training_loader(dataset, sampler, o.workers, run.processes.device)
     main, saved = run.processes.is_main, time.monotonic()
-    progress = runs.Progress(run.folder, state.step, run.total_steps, run.global_batch, main)
+    progress = utils.Progress(run.folder.path, state.step, run.total_steps, run.global_batch, main)
     if state.step == 0 and main:
         picture = Image.fromarray(contact_sheet([dataset[k] for k in next(iter(sampler))[:8]]))
         utils.write_atomic(run.folder.path / "crops.png", lambda path: picture.save(path, "PNG"))

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -129,54 +129,6 @@ def graded(manifest: Manifest, records: Sequence[Record], name: str) -> list[Rec
     if len(kept) < len(records):
         log.info("%s: %d photographs without grade are left out", name, len(records) - len(kept))
     return kept
-
-
-def test_sets(
-    manifest: Manifest, others: Sequence[str]
-) -> dict[str, tuple[Manifest, list[Record]]]:
-    """Return the graded test split under the name "", and all graded photographs of `others`.
-
-    Raises InputError when another set shares a file with this one's training or validation, told by
-    checksums, which are computed where a manifest has none.
-    """
-    sets = {"": (manifest, graded(manifest, manifest.split("test"), "test"))}
-    used = [r for r in manifest.records if r.split != "test"]
-    known = {_checksum(manifest, r) for r in used} if others else set()
-    for data in others:
-        other = open_manifest(data)
-        shared = [r.path for r in other.records if _checksum(other, r) in known]
-        if shared:
-            raise InputError(
-                f"--test-data {data}: {len(shared)} photographs are also in the training data, the "
-                f"first {shared[0]}; take them out of one of the two"
-            )
-        base = name = other.root.resolve().name
-        count = 2
-        while name in sets:
-            name, count = f"{base}-{count}", count + 1
-        sets[name] = (other, graded(other, other.records, data))
-    return sets
-
-
-def _checksum(manifest: Manifest, record: Record) -> str:
-    return record.sha256 or sha256_of(manifest.root / record.path)
-
-
-def describe(manifest: Manifest, test: Manifest, records: Sequence[Record]) -> dict[str, Any]:
-    """Return what results.json says of the data: path, fingerprint, each split's counts.
-
-    Train and val are the manifest's; `test` may be another set, `records` are those tested on.
-    """
-    splits = {name: manifest.split(name) for name in ("train", "val")} | {"test": records}
-    counts = {}
-    for name, rows in splits.items():
-        grades = np.bincount([r.grade for r in rows if r.grade is not None], minlength=GRADES)
-        patients = len({r.patient for r in rows})
-        counts[name] = {"images": len(rows), "patients": patients, "by_grade": grades.tolist()}
-    path = {"path": manifest.root.name, "fingerprint": manifest.fingerprint}
-    if test is not manifest:
-        path |= {"test_path": test.root.name, "test_fingerprint": test.fingerprint}
-    return path | counts
 
 
 def grades_of(records: Sequence[Record]) -> np.ndarray:

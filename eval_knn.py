@@ -18,8 +18,16 @@ import tyro
 
 import metrics
 from augment import PaperView, WholeView
-from data import DataOptions, describe, graded, grades_of, patients_of, test_sets
-from features import cached_features, check_results, knn_predict, open_evaluation, write_results
+from data import DataOptions, graded, grades_of, patients_of
+from features import (
+    cached_features,
+    check_results,
+    describe,
+    knn_predict,
+    open_evaluation,
+    test_sets,
+    write_results,
+)
 from manifest import Record
 from utils import RunOptions, check_options, run_main
 from vision_transformer import BackboneOptions

@@ -24,14 +24,16 @@ from tqdm import tqdm
 
 import metrics
 from augment import PaperView, ProbeView, WholeView
-from data import DataOptions, PhotographDataset, describe, graded, grades_of, patients_of, test_sets
+from data import DataOptions, PhotographDataset, graded, grades_of, patients_of
 from features import (
     N_BLOCKS,
     Evaluation,
     cached_features,
     check_results,
+    describe,
     extract_features,
     open_evaluation,
+    test_sets,
     write_results,
 )
 from manifest import Record

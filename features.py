@@ -11,7 +11,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data import GRADES, Manifest, PhotographDataset, Record, View, evaluation_loader, open_manifest
+from data import (
+    GRADES,
+    Manifest,
+    PhotographDataset,
+    Record,
+    View,
+    evaluation_loader,
+    graded,
+    open_manifest,
+)
 from runs import autocast_dtype, pick_device, versions
-from utils import InputError, log, write_atomic, write_json
+from utils import InputError, log, sha256_of, write_atomic, write_json
 from vision_transformer import Backbone, Weights, load_backbone, read_weights
 
 N_BLOCKS = 4  # the most that any protocol reads
@@ -124,6 +133,54 @@ class Evaluation:
     image_size: int
 
 
+def test_sets(
+    manifest: Manifest, others: Sequence[str]
+) -> dict[str, tuple[Manifest, list[Record]]]:
+    """Return the graded test split under the name "", and all graded photographs of `others`.
+
+    Raises InputError when another set shares a file with this one's training or validation, told by
+    checksums, which are computed where a manifest has none.
+    """
+    sets = {"": (manifest, graded(manifest, manifest.split("test"), "test"))}
+    used = [r for r in manifest.records if r.split != "test"]
+    known = {_checksum(manifest, r) for r in used} if others else set()
+    for data in others:
+        other = open_manifest(data)
+        shared = [r.path for r in other.records if _checksum(other, r) in known]
+        if shared:
+            raise InputError(
+                f"--test-data {data}: {len(shared)} photographs are also in the training data, the "
+                f"first {shared[0]}; take them out of one of the two"
+            )
+        base = name = other.root.resolve().name
+        count = 2
+        while name in sets:
+            name, count = f"{base}-{count}", count + 1
+        sets[name] = (other, graded(other, other.records, data))
+    return sets
+
+
+def _checksum(manifest: Manifest, record: Record) -> str:
+    return record.sha256 or sha256_of(manifest.root / record.path)
+
+
+def describe(manifest: Manifest, test: Manifest, records: Sequence[Record]) -> dict[str, Any]:
+    """Return what results.json says of the data: path, fingerprint, each split's counts.
+
+    Train and val are the manifest's; `test` may be another set, `records` are those tested on.
+    """
+    splits = {name: manifest.split(name) for name in ("train", "val")} | {"test": records}
+    counts = {}
+    for name, rows in splits.items():
+        grades = np.bincount([r.grade for r in rows if r.grade is not None], minlength=GRADES)
+        patients = len({r.patient for r in rows})
+        counts[name] = {"images": len(rows), "patients": patients, "by_grade": grades.tolist()}
+    path = {"path": manifest.root.name, "fingerprint": manifest.fingerprint}
+    if test is not manifest:
+        path |= {"test_path": test.root.name, "test_fingerprint": test.fingerprint}
+    return path | counts
+
+
 def newest_run(folder: Path = Path("runs")) -> Path:
     """Return the run with the newest backbone.safetensors; raises InputError if there is none."""
     found = sorted(folder.glob("*/backbone.safetensors"), key=lambda p: p.stat().st_mtime)
@@ -173,7 +230,7 @@ def open_evaluation(options: Any, kind: str) -> Evaluation:
 def check_results(
     e: Evaluation, sets: dict[str, tuple[Manifest, list[Record]]], protocol: str
 ) -> None:
-    """Raise InputError if writing the results of `sets` (data.test_sets) would replace others.
+    """Raise InputError if writing the results of `sets` (test_sets) would replace others.
 
     Others are those of other weights, other photographs or another protocol, in which the number of
     neighbours that it begins with does not count. `--overwrite` lets them be replaced.

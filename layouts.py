@@ -1,8 +1,7 @@
 """How each data set lies on disk: its photographs, grades, patients and splits.
 
 `open_data` recognises a folder and gives a Manifest, the one internal form. A new data set is one
-function and one entry in LAYOUTS. What it publishes of itself stands in PUBLISHED, against which
-what is found is held; it is told, and never an error, since people work with parts.
+function and one entry in LAYOUTS. Other counts than PUBLISHED are told, since people take parts.
 """
 
 import os

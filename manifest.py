@@ -156,6 +156,19 @@ def _check_files(root: Path, rows: dict[str, str]) -> None:
         raise InputError(f"{rows[missing[0]]}: {n}: {some(missing)}; copy them or drop their rows")
 
 
+def picture_paths(records: tuple[Record, ...], suffix: str = ".jpg") -> dict[str, str]:
+    """Each photograph's picture: images/<stem><suffix>, with its folders where stems collide."""
+    paths = [PurePosixPath(record.path) for record in records]
+    names = [(path.stem, str(path.with_suffix("")), str(path)) for path in paths]
+    # Some disks ignore case, so 1.jpg and 1.JPG are one.
+    times = [Counter(name.casefold() for name in column) for column in zip(*names, strict=True)]
+    pictures = {}
+    for row in names:
+        free = [name for name, t in zip(row, times, strict=True) if t[name.casefold()] == 1]
+        pictures[row[-1]] = f"images/{(free or row)[0]}{suffix}"
+    return pictures
+
+
 def check_leaks(records: Iterable[Record], where) -> None:
     splits = defaultdict(set)
     for record in records:

@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image, ImageFilter, UnidentifiedImageError
 MAX_PIXELS = MAX_BYTES = 100_000_000
 MIN_SIDE = 64  # of a raw photograph; below it there is no fundus to grade
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # and no others: EPS would run a program
+CLOSE, ALIKE = 0.88, 0.84  # cosines of coarse and full signatures from which pictures are copies
 JPEG, END_OF_JPEG = b"\xff\xd8\xff", b"\xff\xd9"
 
 T = Image.Transpose
@@ -183,6 +185,24 @@ def alike(one: np.ndarray, other: np.ndarray) -> float:
     a, b = (s.astype(np.float32).ravel() for s in (one, other))
     weak = min(np.abs(a).mean(), np.abs(b).mean()) < 2
     return 0.0 if weak else float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def find_alike(
+    small: np.ndarray, full: Callable[[int], np.ndarray]
+) -> Iterator[tuple[int, int, float]]:
+    """Give the pairs (i, j, cosine), i < j, of pictures that are copies of each other.
+
+    Candidates have alike coarse signatures, `small` (N, 256) int8; their full ones, `full(i)`,
+    decide, since photographs of a fundus look alike from afar.
+    """
+    unit = small.astype(np.float32)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-6)
+    for start in range(0, len(unit), 512):
+        close = unit[start : start + 512] @ unit[start:].T > CLOSE
+        for i, j in zip(*(start + index for index in np.nonzero(close)), strict=True):
+            how = alike(full(i), full(j)) if i < j else 0.0
+            if how > ALIKE:
+                yield int(i), int(j), how
 
 
 def _decode(path, min_side: int | None, allow_truncated: bool) -> tuple[np.ndarray, int, int]:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,12 +32,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from layouts import Reading, complete_splits, read_data
-from manifest import Manifest, Record, fold_splits, write_manifest
+from manifest import Manifest, Record, fold_splits, picture_paths, write_manifest
 from photographs import (
     Photograph,
     PhotographError,
-    alike,
     coarse,
+    find_alike,
     open_photograph,
     read_photograph,
     signature,
@@ -48,7 +48,6 @@ from utils import InputError, Stopped, check_options, log, run_main, write_atomi
 Layout = Literal[
     "auto", "eyepacs", "aptos", "ddr", "messidor2", "idrid", "class_folders", "photographs", "csv"
 ]
-CLOSE, ALIKE = 0.88, 0.84  # cosines of coarse and full signatures, from which pictures are copies
 BAD_SHARE = 0.01  # of all photographs; from here on the data set itself is in doubt
 
 
@@ -170,19 +169,6 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def picture_paths(records: tuple[Record, ...], suffix: str = ".jpg") -> dict[str, str]:
-    """Each photograph's picture: images/<stem><suffix>, with its folders where stems collide."""
-    paths = [PurePosixPath(record.path) for record in records]
-    names = [(path.stem, str(path.with_suffix("")), str(path)) for path in paths]
-    # Some disks ignore case, so 1.jpg and 1.JPG are one.
-    times = [Counter(name.casefold() for name in column) for column in zip(*names, strict=True)]
-    pictures = {}
-    for row in names:
-        free = [name for name, t in zip(row, times, strict=True) if t[name.casefold()] == 1]
-        pictures[row[-1]] = f"images/{(free or row)[0]}{suffix}"
-    return pictures
-
-
 def open_journal(out: Path, how: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Make `out` if need be; return what an earlier run finished in it, by photograph.
 
@@ -252,22 +238,12 @@ def prepare_folder(
 def find_copies(
     out: Path, pictures: dict[str, str], facts: dict[str, dict[str, Any]]
 ) -> list[tuple[str, str, float]]:
-    """Return pairs of photographs that show one picture, and how alike they are (1: the same file).
-
-    Candidates have alike coarse signatures; their pictures' full ones decide (photographs.alike),
-    since photographs of a fundus look alike from afar. Copies may be compressed, resized, brighter.
-    """
+    """Return pairs of photographs that show one picture, and how alike they are (1: one file)."""
     paths = [path for path in pictures if "error" not in facts[path]]
-    looks = [base64.b64decode(facts[path]["signature"]) for path in paths]
-    table = np.frombuffer(b"".join(looks), np.int8).reshape(len(paths), -1).astype(np.float32)
-    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
-    close, full = [], functools.lru_cache(4096)(lambda p: signature(open_photograph(out / p)))
-    for start in range(0, len(paths), 512):
-        one, other = np.nonzero(table[start : start + 512] @ table[start:].T > CLOSE)
-        close += [(i + start, j + start) for i, j in zip(one, other, strict=True) if i < j]
-    likely = [(paths[i], paths[j]) for i, j in close]
-    scored = {pair: alike(*(full(pictures[path]) for path in pair)) for pair in likely}
-    found, first = {pair: how for pair, how in scored.items() if how > ALIKE}, {}
+    looks = b"".join(base64.b64decode(facts[path]["signature"]) for path in paths)
+    small = np.frombuffer(looks, np.int8).reshape(len(paths), -1)
+    full = functools.lru_cache(4096)(lambda i: signature(open_photograph(out / pictures[paths[i]])))
+    found, first = {(paths[i], paths[j]): how for i, j, how in find_alike(small, full)}, {}
     same = [(first.setdefault(facts[path]["sha256"], path), path) for path in paths]
     found |= {pair: 1.0 for pair in same if pair[0] != pair[1]}
     return [(*pair, how) for pair, how in sorted(found.items())]

@@ -7,15 +7,14 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import pickle
 import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
-import time
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -26,9 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from utils import InputError, commit, dump_options, log, split_log, write_atomic
+from utils import HERE, InputError, dump_options, log, split_log, write_atomic, write_record
 
 
 # ------------------------------------------------------------------------------- processes, device
@@ -180,6 +178,19 @@ def load_torch(path: Path) -> dict[str, Any]:
         ) from None
 
 
+def commit() -> str:
+    """Return this checkout's commit, "-modified" where files differ; empty without git."""
+    said = []
+    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain")):
+        try:
+            command = ["git", "-C", str(HERE), *arguments]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        said.append(run.stdout.strip())
+    return said[0] + ("-modified" if said[1] else "")
+
+
 def versions() -> dict[str, str]:
     """Return what a result depends on: Python, libraries, machine and this checkout's commit."""
     names = ["torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn"]
@@ -247,9 +258,8 @@ class RunFolder:
         if processes.is_main and not (config.is_file() and config.read_text() == text):
             write_atomic(config, lambda temporary: temporary.write_text(text))
         if processes.is_main and saved is None:
-            self.log(
-                {"command": sys.argv, "data": data, "versions": versions(), "options": self.options}
-            )
+            first = {"command": sys.argv, "data": data, "versions": versions()}
+            write_record(self.path, first | {"options": self.options})
         return saved
 
     def _clear(self) -> None:
@@ -282,70 +292,6 @@ class RunFolder:
                 f"{self.path} holds another run ({listed}); "
                 "give another --output-dir, or --overwrite to start anew in it"
             )
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Append one JSON object to log.jsonl."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-class Progress:
-    """Tells a training's course: a bar on a terminal, lines elsewhere, log.jsonl, TensorBoard."""
-
-    def __init__(self, folder: RunFolder, start: int, total: int, batch: int, main: bool) -> None:
-        self.folder, self.batch, self.main = folder, batch, main
-        self.bar = tqdm(total=total, initial=start, unit="step", disable=None if main else True)
-        self.step, self.total = start, total
-        self.steps, self.waited, self.since, self.said, self.knn = 0, 0.0, time.monotonic(), 0.0, ""
-        self.latest: dict[str, Any] = {}  # the last measurements written
-        self.events = None
-        if main:
-            with contextlib.suppress(ImportError):  # TensorBoard is an extra
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.events = SummaryWriter(str(folder.path))
-
-    def update(self, measured: dict[str, Any], epoch: float) -> None:
-        """Count one step; measurements that come with an entropy are written down."""
-        self.step = measured["step"]
-        self.steps += 1
-        self.waited += measured.pop("waited")
-        self.bar.update()
-        if "teacher_entropy" not in measured:
-            return
-        spent = time.monotonic() - self.since
-        self.latest = {"epoch": epoch} | measured | {"loss": float(measured["loss"])}
-        self.latest["images_per_s"] = self.batch * self.steps / spent
-        self.latest["data_wait"] = self.waited / spent
-        self.record(self.latest)
-        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
-
-    def record(self, record: dict[str, Any]) -> None:
-        """Write a record to log.jsonl and TensorBoard, and show its main numbers."""
-        if not self.main:
-            return
-        began = time.monotonic()
-        self.folder.log({"step": self.step} | record)
-        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
-        for name, value in numbers.items() if self.events else ():
-            self.events.add_scalar(name, value, self.step)
-        shown = "epoch loss lr images_per_s data_wait rankme knn_accuracy knn_majority knn_qwk"
-        text = ", ".join(f"{k} {numbers[k]:.4g}" for k in shown.split() if k in numbers)
-        if "knn_qwk" in record:
-            said = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk {knn_qwk:.3f}"
-            self.knn = said.format(**record)
-        if "loss" in record:
-            self.bar.set_postfix_str(text + self.knn)
-        if self.bar.disable and ("rankme" in record or began - self.said > 30):
-            self.said = began
-            left = (self.total - self.step) * self.batch / self.latest.get("images_per_s", 1e9)
-            log.info("step %d/%d: %s, %.0f s left", self.step, self.total, text, left)
-
-    def close(self) -> None:
-        """End the bar and the event file."""
-        self.bar.close()
-        if self.events:
-            self.events.close()
 
 
 class StopSignal:

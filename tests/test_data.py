@@ -12,9 +12,9 @@ from PIL import Image, ImageFilter
 import data
 from augment import MultiCrop, WholeView
 from data import PhotographDataset, StepSampler, training_loader
-from manifest import Manifest, Record, read_manifest
+from manifest import read_manifest
 from runs import Processes
-from utils import InputError, sha256_of
+from utils import InputError
 
 CPU = torch.device("cpu")
 CROPS = MultiCrop(global_crop_size=32, local_crop_size=16, local_crops_number=2)
@@ -262,76 +262,3 @@ def test_graded_counts(prepared, caplog):
     assert len(kept) == 30 and all(r.grade is not None for r in kept) and "10" in caplog.text
     with pytest.raises(InputError, match="manifest.csv.*val"):
         data.graded(manifest, [replace(r, grade=None) for r in records], "val")
-
-
-def test_describe_counts(prepared):
-    manifest = read_manifest(prepared)
-    told = data.describe(manifest, manifest, manifest.split("test"))
-    assert told["path"] == prepared.name and told["fingerprint"] == manifest.fingerprint
-    expected = {"images": 40, "patients": 20, "by_grade": [8] * 5}
-    assert told["train"] == expected
-    assert told["test"] == told["val"] == {"images": 10, "patients": 5, "by_grade": [2] * 5}
-
-
-def copy_set(folder, source, keep, tint=0):
-    """A prepared folder of some records; `tint` changes the files."""
-    (folder / "images").mkdir(parents=True)
-    records = []
-    for record in keep:
-        picture = np.asarray(Image.open(source / record.path)) ^ np.uint8(tint)
-        target = folder / record.path
-        if tint:
-            Image.fromarray(picture).save(target)
-            record = replace(record, sha256=sha256_of(target))
-        else:
-            shutil.copy(source / record.path, target)
-        records.append(record)
-    data.write_manifest(folder, records)
-    return folder
-
-
-def test_other_set_is_tested_on_whole(prepared, tmp_path):
-    manifest = read_manifest(prepared)
-    other = copy_set(tmp_path / "other", prepared, manifest.records[:6], tint=1)
-    sets = data.test_sets(manifest, [str(other)])
-    assert list(sets) == ["", "other"]
-    assert sets[""][1] == manifest.split("test")
-    assert len(sets["other"][1]) == 6 and sets["other"][0].root == other
-
-
-def test_sets_that_share_files_with_training_are_refused(prepared, tmp_path):
-    manifest = read_manifest(prepared)
-    tested = copy_set(tmp_path / "tested", prepared, manifest.split("test"))
-    assert len(data.test_sets(manifest, [str(tested)])["tested"][1]) == 10
-    mixed = copy_set(tmp_path / "mixed", prepared, manifest.records[39:])
-    with pytest.raises(InputError, match="mixed: 11 photographs"):
-        data.test_sets(manifest, [str(mixed)])
-
-
-def test_shared_files_are_seen_where_the_manifest_has_no_checksums(prepared, tmp_path):
-    manifest = read_manifest(prepared)
-    bare = replace(manifest, records=tuple(replace(r, sha256="") for r in manifest.records))
-    mixed = copy_set(tmp_path / "mixed", prepared, [replace(r, sha256="") for r in bare.records])
-    with pytest.raises(InputError, match="mixed"):
-        data.test_sets(bare, [str(mixed)])
-
-
-def test_drawn_sets_that_overlap_are_refused(drawn):
-    with pytest.raises(InputError, match="synthetic:12"):
-        data.test_sets(drawn, ["synthetic:12"])
-
-
-def test_sets_of_one_name_do_not_replace_each_other(prepared, tmp_path):
-    manifest = read_manifest(prepared)
-    paths = [
-        copy_set(tmp_path / name / "set", prepared, manifest.records[:count], tint=count)
-        for name, count in (("a", 1), ("b", 2))
-    ]
-    found = data.test_sets(manifest, [str(path) for path in paths])
-    assert sorted(len(records) for _, records in found.values()) == [1, 2, 10]
-
-
-def test_empty_manifest_has_no_grades(tmp_path):
-    record = Record("a.jpg", None, "p", "", "train")
-    with pytest.raises(InputError, match="no graded photograph for test"):
-        data.test_sets(Manifest(tmp_path, (record,), True, "prepared"), [])

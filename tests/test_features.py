@@ -6,6 +6,7 @@ Run it with `python -m pytest tests/test_features.py`.
 import csv
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 
 import helpers
@@ -15,13 +16,15 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+import data
 import features
 import metrics
 import vision_transformer
 from augment import PaperView, WholeView
-from data import PhotographDataset, describe, grades_of, patients_of
+from data import PhotographDataset, grades_of, patients_of
 from features import (
     cached_features,
+    describe,
     embedding_std,
     extract_features,
     knn_predict,
@@ -29,8 +32,9 @@ from features import (
     rankme,
     write_results,
 )
+from manifest import Manifest, Record, read_manifest, write_manifest
 from metrics import Predictions
-from utils import InputError
+from utils import InputError, sha256_of
 from vision_transformer import Backbone, Weights
 
 
@@ -247,9 +251,9 @@ def results(tmp_path, manifest, records):
     shares = np.random.default_rng(0).dirichlet(np.ones(5), len(records))
     p = Predictions(grades_of(records), shares.argmax(1), shares, patients_of(records))
     e = helpers.evaluation(Options(), manifest, tmp_path / "knn")
-    data = describe(manifest, manifest, records)
+    about_data = describe(manifest, manifest, records)
     summary = metrics.report(p, grades_of(manifest.split("train")), e.output, "15-NN")
-    about = {"protocol": "15-NN", "data": data, "by_k": []}
+    about = {"protocol": "15-NN", "data": about_data, "by_k": []}
     write_results(e, e.output, records, shares, about | summary)
     found = json.loads((e.output / "results.json").read_text())
     with (e.output / "predictions.csv").open(newline="") as file:
@@ -290,3 +294,80 @@ def test_predictions_keep_commas_and_quotes_in_names(tmp_path, manifest):
     _, rows, p = results(tmp_path, manifest, records)
     assert [row["path"] for row in rows] == [r.path for r in records]
     assert [int(row["prediction"]) for row in rows] == p.predicted.tolist()
+
+
+# ------------------------------------------------------------------------------------------- sets
+
+
+def test_describe_counts(prepared):
+    manifest = read_manifest(prepared)
+    told = describe(manifest, manifest, manifest.split("test"))
+    assert told["path"] == prepared.name and told["fingerprint"] == manifest.fingerprint
+    expected = {"images": 40, "patients": 20, "by_grade": [8] * 5}
+    assert told["train"] == expected
+    assert told["test"] == told["val"] == {"images": 10, "patients": 5, "by_grade": [2] * 5}
+
+
+def copy_set(folder, source, keep, tint=0):
+    """A prepared folder of some records; `tint` changes the files."""
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for record in keep:
+        picture = np.asarray(Image.open(source / record.path)) ^ np.uint8(tint)
+        target = folder / record.path
+        if tint:
+            Image.fromarray(picture).save(target)
+            record = replace(record, sha256=sha256_of(target))
+        else:
+            shutil.copy(source / record.path, target)
+        records.append(record)
+    write_manifest(folder, records)
+    return folder
+
+
+def test_other_set_is_tested_on_whole(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    other = copy_set(tmp_path / "other", prepared, manifest.records[:6], tint=1)
+    sets = features.test_sets(manifest, [str(other)])
+    assert list(sets) == ["", "other"]
+    assert sets[""][1] == manifest.split("test")
+    assert len(sets["other"][1]) == 6 and sets["other"][0].root == other
+
+
+def test_sets_that_share_files_with_training_are_refused(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    tested = copy_set(tmp_path / "tested", prepared, manifest.split("test"))
+    assert len(features.test_sets(manifest, [str(tested)])["tested"][1]) == 10
+    mixed = copy_set(tmp_path / "mixed", prepared, manifest.records[39:])
+    with pytest.raises(InputError, match="mixed: 11 photographs"):
+        features.test_sets(manifest, [str(mixed)])
+
+
+def test_shared_files_are_seen_where_the_manifest_has_no_checksums(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    bare = replace(manifest, records=tuple(replace(r, sha256="") for r in manifest.records))
+    mixed = copy_set(tmp_path / "mixed", prepared, [replace(r, sha256="") for r in bare.records])
+    with pytest.raises(InputError, match="mixed"):
+        features.test_sets(bare, [str(mixed)])
+
+
+def test_drawn_sets_that_overlap_are_refused():
+    drawn = data.open_manifest("synthetic:12")
+    with pytest.raises(InputError, match="synthetic:12"):
+        features.test_sets(drawn, ["synthetic:12"])
+
+
+def test_sets_of_one_name_do_not_replace_each_other(prepared, tmp_path):
+    manifest = read_manifest(prepared)
+    paths = [
+        copy_set(tmp_path / name / "set", prepared, manifest.records[:count], tint=count)
+        for name, count in (("a", 1), ("b", 2))
+    ]
+    found = features.test_sets(manifest, [str(path) for path in paths])
+    assert sorted(len(records) for _, records in found.values()) == [1, 2, 10]
+
+
+def test_empty_manifest_has_no_grades(tmp_path):
+    record = Record("a.jpg", None, "p", "", "train")
+    with pytest.raises(InputError, match="no graded photograph for test"):
+        features.test_sets(Manifest(tmp_path, (record,), True, "prepared"), [])

@@ -12,7 +12,15 @@ import pytest
 from helpers import assert_disjoint, splits_of, touch
 
 from layouts import open_data
-from manifest import Manifest, Record, fold_splits, read_manifest, split_patients, write_manifest
+from manifest import (
+    Manifest,
+    Record,
+    fold_splits,
+    picture_paths,
+    read_manifest,
+    split_patients,
+    write_manifest,
+)
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------- manifest
@@ -276,3 +284,24 @@ def test_all_of_50_planted_leaks_are_counted(tmp_path):
     told = re.findall(r"(p[0-9]+) \(test, train\)", str(caught.value))
     assert len(told) == 5 and all(int(name[1:]) % 6 == 0 for name in told)
     assert "keep each in one, or put all into train" in str(caught.value)
+
+
+def test_pictures_never_share_a_file():
+    class Row:
+        def __init__(self, path):
+            self.path = path
+
+    paths = [
+        "train/0/1.png",
+        "test/0/1.png",
+        "train/1/1.PNG",
+        "a/x.jpg",
+        "a/X.png",
+        "a/x.tif",
+        "y.jpg",
+    ]
+    pictures = picture_paths(tuple(map(Row, paths)))
+    assert pictures["y.jpg"] == "images/y.jpg"
+    assert pictures["train/0/1.png"] == "images/train/0/1.jpg"
+    assert pictures["test/0/1.png"] == "images/test/0/1.jpg"
+    assert len({picture.casefold() for picture in pictures.values()}) == len(paths)

@@ -21,7 +21,7 @@ import prepare_data
 from layouts import open_data
 from manifest import read_manifest
 from photographs import load_photograph, read_photograph, subtract_local_mean
-from prepare_data import PrepareOptions, Task, main, picture_paths, prepare_photographs
+from prepare_data import PrepareOptions, Task, main, prepare_photographs
 from synthetic import DrawnEye, draw_photograph
 from utils import InputError, Stopped
 
@@ -320,27 +320,6 @@ def test_a_manifest_written_by_hand_is_prepared_with_its_splits(drawn, tmp_path)
     assert [(r.patient, r.split, r.grade) for r in records] == [
         (f"clinic-{n}", split, n) for n, split in enumerate(["train"] * 3 + ["val", "test"])
     ]
-
-
-def test_pictures_never_share_a_file():
-    class Row:
-        def __init__(self, path):
-            self.path = path
-
-    paths = [
-        "train/0/1.png",
-        "test/0/1.png",
-        "train/1/1.PNG",
-        "a/x.jpg",
-        "a/X.png",
-        "a/x.tif",
-        "y.jpg",
-    ]
-    pictures = picture_paths(tuple(map(Row, paths)))
-    assert pictures["y.jpg"] == "images/y.jpg"
-    assert pictures["train/0/1.png"] == "images/train/0/1.jpg"
-    assert pictures["test/0/1.png"] == "images/test/0/1.jpg"
-    assert len({picture.casefold() for picture in pictures.values()}) == len(paths)
 
 
 def tasks_of(source, out, count=6):

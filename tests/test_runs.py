@@ -343,30 +343,7 @@ def test_precision_on_cuda(monkeypatch, capability, precision, expected):
     assert runs.autocast_dtype(precision, torch.device("cuda", 0)) is expected
 
 
-# ----------------------------------------------------------------------------- progress and signals
-
-
-def test_progress_writes_json_lines(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    progress = runs.Progress(RunFolder(tmp_path), 2, 6, 8, main=True)
-    for step, loss in ((3, 4.0), (4, 2.0), (5, 7.0)):
-        measured = {"step": step, "loss": torch.tensor(loss), "lr": 0.1, "waited": 0.0}
-        spread = {"teacher_entropy": 0.5, "marginal_entropy": 0.6}
-        progress.update(measured | (spread if step == 4 else {}), step / 2)
-    progress.record({"rankme": 3.5})
-    progress.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [4, 5]
-    assert lines[0]["loss"] == 2.0 and lines[0]["epoch"] == 2.0 and lines[0]["lr"] == 0.1
-    assert lines[0]["images_per_s"] > 0 and lines[0]["data_wait"] == 0
-    assert lines[1] == {"step": 5, "rankme": 3.5}
-
-
-def test_only_the_main_process_writes(tmp_path):
-    progress = runs.Progress(RunFolder(tmp_path), 0, 6, 8, main=False)
-    progress.record({"rankme": 3.5})
-    progress.close()
-    assert not list(tmp_path.iterdir())
+# -------------------------------------------------------------------------------------- signals
 
 
 def agree_worker(rank: int, folder: str) -> None:
