@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import synthetic
 from layouts import open_data
-from manifest import Manifest, Record, read_manifest, split_patients, write_manifest
+from manifest import Manifest, Record, read_manifest, some, split_patients, write_manifest
 from photographs import (
     PhotographError,
     crop_square,
@@ -69,10 +70,30 @@ def open_manifest(data: str) -> Manifest:
             raise InputError(f"--data {data}: expected synthetic:N with N photographs, 10 or more")
         manifest = synthetic_manifest(int(count or SYNTHETIC_COUNT))
     else:
-        manifest = open_data(Path(data))
+        manifest = open_data(Path(data), linked=same_files)
     for note in manifest.notes:
         log.info("data: %s", note)
     return manifest
+
+
+def same_files(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return pairs of photographs that are one file, where no patients are known to tell copies.
+
+    Only files of one size are read. Copies that were compressed or resized take prepare_data.py.
+    """
+    if manifest.prepared or len({r.patient for r in manifest.records}) < len(manifest.records):
+        return []
+    by_size, first = defaultdict(list), {}
+    for record in manifest.records:
+        by_size[os.path.getsize(manifest.root / record.path)].append(record.path)
+    paths = [path for same in by_size.values() if len(same) > 1 for path in same]
+    digests = {path: sha256_of(manifest.root / path) for path in paths}
+    pairs = [(first.setdefault(digest, path), path) for path, digest in digests.items()]
+    pairs = [pair for pair in pairs if pair[0] != pair[1]]
+    if pairs:
+        told = f"{len(pairs)} photographs are copies: {some([' = '.join(p) for p in pairs])}"
+        log.warning("data: %s; prepare_data.py finds changed copies too", told)
+    return pairs
 
 
 def synthetic_manifest(count: int) -> Manifest:

@@ -89,12 +89,13 @@ class Found:
         return [p for p in self.photographs if not folder or p.startswith(folder + "/")]
 
 
-def open_data(path, layout: str = "auto", reading: Reading | None = None) -> Manifest:
+def open_data(path, layout: str = "auto", reading=None, linked=None) -> Manifest:
     """Recognise a data set (EXPECTED, else InputError), read it, and complete its splits.
 
-    `path` is a folder, or a csv in it; `layout` a name of LAYOUTS, csv, or auto.
+    `path` is a folder, or a csv in it; `linked` gives pairs of photographs not to be parted.
     """
-    return complete_splits(read_data(path, layout, reading or Reading()))
+    manifest = read_data(path, layout, reading or Reading())
+    return complete_splits(manifest, linked(manifest) if linked else ())
 
 
 def complete_splits(manifest: Manifest, linked: Iterable[tuple[str, str]] = ()) -> Manifest:
@@ -116,8 +117,7 @@ def read_data(path, layout: str, reading: Reading) -> Manifest:
         root, name = root.parent, root.name
     if not root.is_dir():
         raise InputError(f"{root}: is not a folder that exists; expected {EXPECTED}")
-    if layout == "auto" and reading.path_column:
-        layout = "csv"
+    layout = "csv" if layout == "auto" and reading.path_column else layout
     if layout == "auto" and (root / name).is_file() and name.startswith("manifest"):
         return read_manifest(root, name)
     found = _scan(root, reading)
@@ -167,8 +167,8 @@ def _eyepacs(found: Found) -> list[Record] | None:
         found.tell(what, left)
     records = named_records(items)
     stems = {PurePosixPath(r.path).stem for r in records}
-    known = sorted(stems & set(KNOWN_BAD.split()))
-    found.tell("photographs are known to be black or unusable, and kept", known)
+    known = "photographs are known to be black or unusable, and kept"
+    found.tell(known, sorted(stems & {*KNOWN_BAD.split()}))
     return records
 
 

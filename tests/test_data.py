@@ -1,12 +1,15 @@
 """Order of training, batches and sets. Run with `python -m pytest tests/test_data.py`."""
 
 import shutil
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SIDE
+from helpers import touch
 from PIL import Image, ImageFilter
 
 import data
@@ -245,6 +248,28 @@ def test_bad_names_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "synthetic_manifest", lambda count: pytest.fail(f"drew {count}"))
     with pytest.raises(InputError):
         data.open_manifest(name)
+
+
+def test_files_copied_within_a_set_without_patients_stay_together(tmp_path, caplog):
+    """40 photographs of APTOS, each twice under other names, opened as downloaded."""
+    names = [f"train_images/{name}{i:02d}.png" for name in "ab" for i in range(40)]
+    touch(tmp_path, *names)
+    for i, name in enumerate(names):  # some of one size that are no copies
+        (tmp_path / name).write_bytes(bytes([i % 40]) * (100 + i % 20))
+    rows = [f"{Path(name).stem},{i % 5}" for i, name in enumerate(names)]
+    (tmp_path / "train.csv").write_text("id_code,diagnosis\n" + "\n".join(rows))
+    manifest = data.open_manifest(str(tmp_path))
+    split = {record.path: record.split for record in manifest.records}
+    assert Counter(split.values()) == {"test": 16, "val": 6, "train": 58}
+    assert all(split[name] == split[name.replace("/a", "/b")] for name in names)
+    assert "40 photographs are copies: train_images/a00.png = train_images/b00.png" in caplog.text
+
+
+def test_patients_that_are_known_need_no_search_for_copies(tmp_path):
+    touch(tmp_path, *(f"train/{i}_{eye}.jpeg" for i in range(20) for eye in ("left", "right")))
+    rows = [f"{i}_{eye},{i % 5}" for i in range(20) for eye in ("left", "right")]
+    (tmp_path / "trainLabels.csv").write_text("image,level\n" + "\n".join(rows))
+    assert not data.same_files(data.open_manifest(str(tmp_path)))
 
 
 def test_folder_that_is_not_there():
