@@ -19,7 +19,12 @@ from torch.nn import functional as F
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's grey
 RGB_TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=np.float32)
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+COLOR, GREY = np.eye(3, dtype=np.float32), np.outer(np.ones(3, dtype=np.float32), LUMA)
+# What turning YIQ's chroma plane by an angle makes of RGB: KEPT + cos COSINE + sin SINE.
+KEPT, COSINE = (YIQ_TO_RGB @ np.diag(kept) @ RGB_TO_YIQ for kept in ([1, 0, 0], [0, 1, 1]))
+SINE = YIQ_TO_RGB @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ RGB_TO_YIQ
 BLUR_RADIUS = 6  # pixels each side: three of the largest sigma, 2
+CACHE = 2**18  # numbers in fp32 that, a few times over, fit a core's cache
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def draw_color(mean: np.ndarray, strength: float, rng: np.random.Generator) -> n
     Jitter (0.4, 0.4, 0.2, 0.1) with probability 0.8 in random order, then grey with 0.2. Each is an
     affine map of RGB (hue turns the chroma plane of YIQ), and so is their product: one matrix.
     """
-    matrix, offset = np.eye(3, dtype=np.float32), np.zeros(3, dtype=np.float32)
+    matrix, offset = COLOR, np.zeros(3, dtype=np.float32)
     if rng.random() < 0.8:
         factors = 1 + strength * rng.uniform(-1, 1, 3) * (0.4, 0.4, 0.2)
         hue = strength * rng.uniform(-0.1, 0.1) * 2 * math.pi
@@ -175,13 +180,12 @@ def draw_color(mean: np.ndarray, strength: float, rng: np.random.Generator) -> n
 
 def _saturation(factor: float) -> np.ndarray:
     """Return the matrix that blends RGB with its grey; 0 is grey."""
-    return factor * np.eye(3, dtype=np.float32) + (1 - factor) * np.outer(np.ones(3), LUMA)
+    return factor * COLOR + (1 - factor) * GREY
 
 
 def _hue(angle: float) -> np.ndarray:
     """Return the matrix that turns RGB's chroma by `angle` radians, its luma kept."""
-    sin, cos = math.sin(angle), math.cos(angle)
-    return YIQ_TO_RGB @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ RGB_TO_YIQ
+    return KEPT + math.cos(angle) * COSINE + math.sin(angle) * SINE
 
 
 def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -190,6 +194,12 @@ def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tens
     `crops` is uint8 (B, 3, h, w) on the device, `color` float32 (B, 14) on the CPU as drawn, `mean`
     and `std` (3,) on the device. Returns float32 (B, 3, h, w).
     """
+    some = len(crops) if crops.is_cuda else max(1, CACHE // crops[0].numel())
+    parts = zip(crops.split(some), color.split(some), strict=True)
+    return torch.cat([_color(images, rows, mean, std) for images, rows in parts])
+
+
+def _color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     rows = color.to(crops.device, non_blocking=True)
     matrix, offset = rows[:, :9].view(-1, 3, 3), rows[:, 9:12].view(-1, 3, 1)
     images = crops.float().div_(255).flatten(2)
@@ -197,7 +207,7 @@ def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tens
     blurred = (color[:, 12] > 0).nonzero().squeeze(1)  # on the CPU: no wait for the device
     if len(blurred):
         index = blurred.to(crops.device, non_blocking=True)
-        images[index] = gaussian_blur(images[index], rows[index, 12])
+        images[index] = gaussian_blur(images[index], color[blurred, 12])
     solarized = (color[:, 13] <= 1).nonzero().squeeze(1)
     if len(solarized):
         index = solarized.to(crops.device, non_blocking=True)
@@ -207,17 +217,38 @@ def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tens
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image of (B, 3, h, w) with its own sigma (B,), in pixels up to 2; edges repeat."""
-    steps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
-    kernel = torch.exp(-(steps**2) / (2 * sigma.view(-1, 1) ** 2))
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # (3 B, 13)
+    """Blur each image of (B, 3, h, w) with its own sigma, in pixels up to 2; edges repeat.
+
+    `sigma` (B,) is on the CPU. A kernel reaches 3 sigma, rounded up.
+    """
+    steps, reach = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1), torch.ceil(3 * sigma).view(-1, 1)
+    kernel = torch.exp(-(steps**2) / (2 * sigma.view(-1, 1) ** 2)) * (steps.abs() <= reach)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (B, 13)
+    if images.is_cuda:
+        return _convolve(images, kernel.to(images.device, non_blocking=True))
+    return _add_shifted(images, kernel, min(BLUR_RADIUS, int(reach.max())))
+
+
+def _convolve(images: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve rows and columns of each image with its symmetric kernel (B, 13)."""
     batch, _, height, width = images.shape
-    flat = images.reshape(1, 3 * batch, height, width)
-    pad = (BLUR_RADIUS,) * 2
-    flat = F.pad(flat, (*pad, 0, 0), mode="replicate")
-    flat = F.conv2d(flat, kernel[:, None, None, :], groups=3 * batch)
+    kernel, pad = kernel.repeat_interleave(3, dim=0)[:, None], (BLUR_RADIUS,) * 2  # (3 B, 1, 13)
+    flat = F.pad(images.reshape(1, 3 * batch, height, width), (*pad, 0, 0), mode="replicate")
+    flat = F.conv2d(flat, kernel[:, :, None, :], groups=3 * batch)
     flat = F.pad(flat, (0, 0, *pad), mode="replicate")
-    return F.conv2d(flat, kernel[:, None, :, None], groups=3 * batch).view_as(images)
+    return F.conv2d(flat, kernel[..., None], groups=3 * batch).view_as(images)
+
+
+def _add_shifted(images: Tensor, kernel: Tensor, reach: int) -> Tensor:
+    """As `_convolve`, by adding shifted images, which a CPU does faster than such convolutions."""
+    weights = kernel[:, BLUR_RADIUS:].T.reshape(-1, len(images), 1, 1, 1)
+    for dim, pad in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
+        padded, side = F.pad(images, pad, mode="replicate"), images.shape[dim]
+        images = padded.narrow(dim, reach, side) * weights[0]
+        for step in range(1, reach + 1):
+            both = (padded.narrow(dim, reach + way * step, side) for way in (-1, 1))
+            images.addcmul_(sum(both), weights[step])
+    return images
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def find_fundus(image: np.ndarray) -> Box:
 def pad_square(image: np.ndarray) -> np.ndarray:
     """Pad uint8 (H, W[, 3]) with black to a square, the image in its middle."""
     height, width = image.shape[:2]
+    if height == width:
+        return image
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
     square = np.zeros((side, side, *image.shape[2:]), dtype=image.dtype)
@@ -256,7 +258,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _reason(error: Exception, data: bytes) -> str:

@@ -265,16 +265,40 @@ def test_blur_equals_torchvision_inside(photograph, sigma):
     assert gap(found[1, :, 6:-6, 6:-6], expected[:, 6:-6, 6:-6]) < 1e-5
 
 
-def test_blur_is_the_naive_convolution_with_edges_repeated():
-    image = np.random.default_rng(0).random((3, 9, 15))
-    offsets = np.arange(-6, 7)
-    kernel = np.exp(-(offsets**2) / (2 * 1.5**2))
-    kernel /= kernel.sum()
-    padded = np.pad(image, ((0, 0), (6, 6), (6, 6)), mode="edge")
-    rows = sum(w * padded[:, :, 6 + o : 6 + o + 15] for w, o in zip(kernel, offsets, strict=True))
-    expected = sum(w * rows[:, 6 + o : 6 + o + 9] for w, o in zip(kernel, offsets, strict=True))
-    found = gaussian_blur(torch.tensor(image[None], dtype=torch.float32), torch.tensor([1.5]))
-    assert gap(found[0], torch.tensor(expected)) < 1e-5
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_blur_is_the_naive_convolution_with_edges_repeated(monkeypatch, on_cuda):
+    if on_cuda:  # what a GPU takes, computed here
+        monkeypatch.setattr(augment, "_add_shifted", lambda i, k, reach: augment._convolve(i, k))
+    sigmas, rng = (0.1, 0.4, 1.5, 2.0), np.random.default_rng(0)
+    images = rng.random((len(sigmas), 3, 9, 15))
+    found = gaussian_blur(torch.tensor(images, dtype=torch.float32), torch.tensor(sigmas))
+    for image, sigma, blurred in zip(images, sigmas, found, strict=True):
+        reach = math.ceil(3 * sigma)
+        offsets = np.arange(-reach, reach + 1)
+        kernel = np.exp(-(offsets**2) / (2 * sigma**2))
+        kernel /= kernel.sum()
+        ends = ((0, 0), (reach, reach), (reach, reach))
+        taps = list(zip(kernel, offsets + reach, strict=True))
+        padded = np.pad(image, ends, mode="edge")
+        rows = sum(w * padded[:, :, at : at + 15] for w, at in taps)
+        expected = sum(w * rows[:, at : at + 9] for w, at in taps)
+        assert gap(blurred, torch.tensor(expected)) < 1e-5
+
+
+def test_colour_is_the_same_for_one_crop_and_for_many(photograph):
+    """A CPU takes some crops at a time; how many must not show."""
+    rng, many = np.random.default_rng(0), 9
+    rows = torch.tensor(
+        [
+            [*draw_color(np.full(3, 0.4), 1.0, rng), rng.uniform(0.1, 2) * (i % 2), 0.5 + i % 3]
+            for i in range(many)
+        ],
+        dtype=torch.float32,
+    )
+    crops = torch.from_numpy(rng.integers(0, 256, (many, 3, 224, 224), dtype=np.uint8))
+    whole = apply_color(crops, rows, ZERO, ONE)
+    single = [apply_color(c[None], r[None], ZERO, ONE) for c, r in zip(crops, rows, strict=True)]
+    assert whole.shape == crops.shape and gap(whole, torch.cat(single)) < 1e-6
 
 
 def test_solarize_equals_pillow():
