@@ -7,17 +7,18 @@ training, evaluation and attention maps see the same picture. Needs only numpy a
 import contextlib
 import io
 import os
+import stat
 import warnings
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter, UnidentifiedImageError
 
-MAX_PIXELS = MAX_BYTES = 100_000_000
+MAX_BYTES = 100_000_000
+MAX_SIDE, MAX_PIXELS = 8192, 50_000_000  # of a photograph, for the memory that it takes
 MIN_SIDE = 64  # of a raw photograph; below it there is no fundus to grade
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # and no others: EPS would run a program
-CLOSE, ALIKE = 0.88, 0.84  # cosines of coarse and full signatures from which pictures are copies
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"RIFF", b"BM")
 JPEG, END_OF_JPEG = b"\xff\xd8\xff", b"\xff\xd9"
 
 T = Image.Transpose
@@ -153,60 +154,6 @@ def load_photograph(path, size: int = 512, allow_truncated: bool = False) -> np.
     return read_photograph(path, size, allow_truncated).picture
 
 
-def signature(picture: np.ndarray) -> np.ndarray:
-    """Return what tells one retina from another in a picture: int8 (64, 64), 0 outside the fundus.
-
-    Vessels and lesions against their local mean, without rim and surround, in which photographs of
-    one camera are alike. Two are compared by their cosine, as `alike` does.
-    """
-    small = Image.fromarray(pad_square(picture)).resize((64, 64), Image.Resampling.BOX)
-    grey = small.convert("L")
-    light, mean = (
-        np.asarray(i, np.float32) for i in (grey, grey.filter(ImageFilter.GaussianBlur(4)))
-    )
-    level = max(12, 0.25 * np.percentile(light, 60))
-    inside = Image.fromarray(np.asarray(small).max(axis=2) > level).convert("L")
-    away = (np.arange(64) - 31.5) ** 2
-    away = away + away[:, None] < 830  # squared pixels from the middle: a disc of radius 29
-    within = (np.asarray(inside.filter(ImageFilter.MinFilter(9))) > 0) & away
-    detail = np.clip(light - mean, -12, 12) * within
-    detail -= detail.sum() / max(1, within.sum()) * within
-    return np.round(10 * detail).clip(-127, 127).astype(np.int8)
-
-
-def coarse(look: np.ndarray) -> np.ndarray:
-    """Return a signature at a quarter of its resolution, int8 (16, 16), to search by."""
-    return look.reshape(16, 4, 16, 4).mean(axis=(1, 3)).round().astype(np.int8)
-
-
-def alike(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the cosine of two signatures, -1 to 1; 0 where one of them shows no structure.
-
-    Copies that were compressed, resized or brightened are above 0.84, other eyes below it.
-    """
-    a, b = (s.astype(np.float32).ravel() for s in (one, other))
-    weak = min(np.abs(a).mean(), np.abs(b).mean()) < 2
-    return 0.0 if weak else float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-
-def find_alike(
-    small: np.ndarray, full: Callable[[int], np.ndarray]
-) -> Iterator[tuple[int, int, float]]:
-    """Give the pairs (i, j, cosine), i < j, of pictures that are copies of each other.
-
-    Candidates have alike coarse signatures, `small` (N, 256) int8; their full ones, `full(i)`,
-    decide, since photographs of a fundus look alike from afar.
-    """
-    unit = small.astype(np.float32)
-    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-6)
-    for start in range(0, len(unit), 512):
-        close = unit[start : start + 512] @ unit[start:].T > CLOSE
-        for i, j in zip(*(start + index for index in np.nonzero(close)), strict=True):
-            how = alike(full(i), full(j)) if i < j else 0.0
-            if how > ALIKE:
-                yield int(i), int(j), how
-
-
 def _decode(path, min_side: int | None, allow_truncated: bool) -> tuple[np.ndarray, int, int]:
     """Pixels (H, W, 3) uint8, perhaps scaled down, and the full width and height, all upright."""
     data = _read_bytes(path)
@@ -217,7 +164,7 @@ def _decode(path, min_side: int | None, allow_truncated: bool) -> tuple[np.ndarr
             warnings.simplefilter("ignore")  # broken metadata, large sizes: not worth a line each
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS:
+                if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                     raise Image.DecompressionBombError
                 if min_side is not None:
                     image.draft(None, (min_side, min_side))
@@ -235,11 +182,18 @@ def _decode(path, min_side: int | None, allow_truncated: bool) -> tuple[np.ndarr
         width, height = image.size
     elif orientation in (5, 6, 7, 8):  # the photograph lay on its side
         width, height = height, width
-    return np.array(image), width, height
+    pixels = np.array(image)
+    # What a JPEG lacks at its end is decoded as even grey; a picture on grey has it above, too.
+    lacks_end = (pixels[-1] == 128).all() and (pixels[0] != 128).any()
+    if lacks_end and data.startswith(JPEG) and not allow_truncated:
+        raise PhotographError(_reason(ValueError("its end is missing"), data))
+    return pixels, width, height
 
 
 def _read_bytes(path) -> bytes:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise PhotographError("is no file")
         with open(path, "rb") as file:
             data = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else None
     except OSError as error:
@@ -266,8 +220,8 @@ def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, PhotographError):
         return str(error)
     if isinstance(error, Image.DecompressionBombError):
-        return f"has over {MAX_PIXELS // 10**6} million pixels"
-    if not isinstance(error, UnidentifiedImageError) or data.startswith((JPEG, b"\x89PNG")):
+        return f"has over {MAX_PIXELS // 10**6} million pixels, or over {MAX_SIDE} on a side"
+    if not isinstance(error, UnidentifiedImageError) or data.startswith(MAGIC):
         reason = "header" if isinstance(error, UnidentifiedImageError) else str(error) or "no data"
         return f"is damaged or cut off ({reason}): copy or download it again"
     page = data[:200].lstrip().startswith((b"<", b"{"))
@@ -283,6 +237,8 @@ def _fundus_box(image: np.ndarray) -> Box | None:
     corners = [light[:h, :w], light[:h, -w:], light[-h:, :w], light[-h:, -w:]]
     # The darkest two: a stamp, a label or a light leak may sit in the others.
     dark = np.sort([np.median(corner) for corner in corners])[:2].mean()
+    if dark > 64:  # photographs lie on black; on grey the rim is not where the brightness ends
+        return None
     bright = light[light > dark + 10]
     if bright.size < 0.05 * light.size:
         return None
@@ -307,7 +263,9 @@ def _disc(mask: np.ndarray) -> Box:
     y, x = (np.arange(n) - (n - 1) / 2 for n in (bottom - top, right - left))
     disc = x**2 + y[:, None] ** 2 <= max(len(x), len(y)) ** 2 / 4
     mask = (_hull(mask) & _hull(mask.T).T)[top:bottom, left:right]  # shadows inside do not count
-    is_disc = disc.any() and mask[disc].mean() > 0.95
+    # A panel or a label fills the corners of its box as well.
+    corners = mask[~disc].sum() / max(1, (~disc).sum())
+    is_disc = disc.any() and mask[disc].mean() > 0.95 and corners < 0.7
     return Box(left, top, right, bottom) if is_disc else Box(0, 0, 0, 0)
 
 
