@@ -7,33 +7,36 @@ function and one entry in LAYOUTS. Other counts than PUBLISHED are told, since p
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from manifest import (
     SPLITS,
     SUFFIXES,
+    Found,
     Manifest,
+    Reading,
     Record,
+    check_files,
     check_leaks,
     check_path,
     grade_of_name,
     lone_records,
-    match_rows,
     named_records,
     read_csv,
     read_header,
     read_manifest,
     some,
-    split_patients,
     stem_of,
 )
+from splits import complete_splits
 from utils import InputError
 
-EXPECTED = """a prepared folder (manifest.csv), EyePACS, APTOS 2019, DDR, Messidor-2 or IDRiD as
-downloaded, class folders (train/0 ... train/4, test/0 ...) or any folder of photographs"""
+EXPECTED = (
+    "a prepared folder (manifest.csv), EyePACS, APTOS 2019, DDR, Messidor-2 or IDRiD as "
+    "downloaded, class folders (train/0 ... train/4, test/0 ...) or any folder of photographs"
+)
 PUBLISHED = {  # photographs of grades 0 to 4 in each split, or in all
     "eyepacs": {"train": (25810, 2443, 5292, 873, 708), "test": (39533, 3762, 7861, 1214, 1206)},
     "aptos": {"train": (1805, 370, 999, 193, 295)},
@@ -47,48 +50,6 @@ KNOWN_BAD = """492_right 25313_right 27096_right 1986_left 32253_right 34689_lef
 NO_PATIENTS = "patients are not published: each photograph counts as one"
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How to read a data set that no adapter knows: columns of a csv, grades of class folders."""
-
-    path_column: str = ""
-    grade_column: str = ""
-    patient_column: str = ""
-    grades: dict[str, int] = field(default_factory=dict)  # by the class folder's name
-
-
-@dataclass
-class Found:
-    """A folder's listing, which adapters look at, and the notes that they leave."""
-
-    root: Path
-    photographs: list[str]  # posix paths relative to root, sorted
-    tables: dict[str, str]  # .csv and .txt files: path by lower-case name, the uppermost of each
-    reading: Reading
-    notes: list[str] = field(default_factory=list)
-
-    def tell(self, what: str, names: Sequence[str]) -> None:
-        """Note how many there are of something, with five examples; nothing where there is none."""
-        if names:
-            self.notes.append(f"{len(names)} {what}: {some(names)}")
-
-    def join(self, paths: list[str], file: str, split: str, image: str, grade: str) -> list[tuple]:
-        """Match photographs with a csv's columns `image` and `grade`: (path, grade, split)."""
-        rows = read_csv(self.root / file, (image, grade))
-        return self.match(paths, file, split, [(w, row[image], row[grade]) for w, row in rows])
-
-    def match(
-        self, paths: list[str], file: str, split: str, rows: list, dropped: Any = (), key=stem_of
-    ) -> list[tuple]:
-        """Match photographs with rows as `manifest.match_rows` does: (path, grade, split)."""
-        grades = match_rows(self.root / file, rows, paths, dict(dropped), self.tell, key)
-        return [(path, grade, split) for path, grade in grades.items()]
-
-    def below(self, folder: str) -> list[str]:
-        """Return the photographs under a folder, "" for all."""
-        return [p for p in self.photographs if not folder or p.startswith(folder + "/")]
-
-
 def open_data(path, layout: str = "auto", reading=None, linked=None) -> Manifest:
     """Recognise a data set (EXPECTED, else InputError), read it, and complete its splits.
 
@@ -98,43 +59,52 @@ def open_data(path, layout: str = "auto", reading=None, linked=None) -> Manifest
     return complete_splits(manifest, linked(manifest) if linked else ())
 
 
-def complete_splits(manifest: Manifest, linked: Iterable[tuple[str, str]] = ()) -> Manifest:
-    """Return the manifest with a test and a val split; notes tell those that had to be made."""
-    before = Counter(record.split for record in manifest.records)
-    records = tuple(split_patients(manifest.records, linked=linked))
-    after = Counter(record.split for record in records)
-    origin, notes = "val" if before["val"] else "20 % of the patients", list(manifest.notes)
-    for split, how in (("test", origin), ("val", "10 % of train's patients")):
-        if after[split] != before[split]:
-            notes.append(f"{split} is made from {how}: {after[split]} photographs")
-    return replace(manifest, records=records, notes=tuple(notes))
-
-
 def read_data(path, layout: str, reading: Reading) -> Manifest:
     """Read a data set with the splits that it has been published with, train where it has none."""
     root, name = Path(path).expanduser(), "manifest.csv"
-    if root.suffix == ".csv" and root.is_file():
+    if root.suffix.lower() == ".csv" and root.is_file():
         root, name = root.parent, root.name
+        if not (name.startswith("manifest") or reading.path_column):
+            raise InputError(
+                f"{path}: say which column holds the paths: prepare_data.py "
+                f"--path-column NAME (of {some(read_header(root / name))})"
+            )
     if not root.is_dir():
         raise InputError(f"{root}: is not a folder that exists; expected {EXPECTED}")
     layout = "csv" if layout == "auto" and reading.path_column else layout
     if layout == "auto" and (root / name).is_file() and name.startswith("manifest"):
         return read_manifest(root, name)
+    if (root / "prepare.jsonl").is_file():
+        raise InputError(f"{root}: its preparation is unfinished; repeat that prepare_data.py")
     found = _scan(root, reading)
+    layout, records = _choose(found, layout, name)
+    _compare(found, layout, records)
+    if not (NO_PATIENTS in "".join(found.notes) or reading.patient_column):
+        lone = [record.path for record in records if not record.eye]
+        what = f"{len(lone)} photographs whose names tell no patient count as one patient each"
+        found.notes += [f"{what}: {some(lone)}"] if lone else []
+    check_leaks(records, root)
+    return Manifest(root, tuple(records), False, layout, tuple(found.notes), found.lists)
+
+
+def _choose(found: Found, layout: str, name: str) -> tuple[str, list[Record]]:
+    """Read a folder as `layout`, or as the first that fits it; `name` is the csv's."""
+    root, reading = found.root, found.reading
     if layout == "csv":
         records = _csv(found, name)
     elif layout == "auto":
         read = ((key, adapter(found)) for key, adapter in LAYOUTS.items())
         layout, records = next(pair for pair in read if pair[1] is not None)
     else:
-        records = LAYOUTS[layout](found)
+        records = LAYOUTS[layout](found) or []
+    for given, used in ((reading.path_column, "csv"), (reading.grades, "class_folders")):
+        if given and layout != used:
+            raise InputError(f"{root}: is read as {layout}, which has no use for {given!r}")
     if not records:
         names = sorted(os.listdir(root))
         what = "" if layout == "photographs" else f", and no photographs of {layout}"
         raise InputError(f"{root}: found {some(names) or 'nothing'}{what}; {_expected(names)}")
-    _compare(found, layout, records)
-    check_leaks(records, root)
-    return Manifest(root, tuple(records), False, layout, tuple(found.notes))
+    return layout, records
 
 
 def _compare(found: Found, layout: str, records: list[Record]) -> None:
@@ -157,6 +127,9 @@ def _eyepacs(found: Found) -> list[Record] | None:
     items = []
     for split, file in labelled.items():
         inside = [p for p in found.photographs if split in p.lower().split("/")[:-1]]
+        if len(labelled) == 1 and not inside:  # mirrors name the folder otherwise, or have none
+            other = {"train": "test", "test": "train"}[split]
+            inside = [p for p in found.photographs if other not in p.lower().split("/")[:-1]]
         items += found.join(inside, file, split, "image", "level")
     if not items:
         names = os.listdir(found.root)
@@ -166,9 +139,8 @@ def _eyepacs(found: Found) -> list[Record] | None:
         what = "photographs of test/ left out, their grades (retinopathy_solution.csv) are missing"
         found.tell(what, left)
     records = named_records(items)
-    stems = {PurePosixPath(r.path).stem for r in records}
-    known = "photographs are known to be black or unusable, and kept"
-    found.tell(known, sorted(stems & {*KNOWN_BAD.split()}))
+    known = [r.path for r in records if PurePosixPath(r.path).stem in KNOWN_BAD.split()]
+    found.tell("photographs are known to be black or unusable, and kept", known)
     return records
 
 
@@ -180,7 +152,9 @@ def _aptos(found: Found) -> list[Record] | None:
         split = next((s for word, s in SPLITS.items() if re.match(word + r"(?![a-z])", name)), "")
         if "id_code" not in header or not split:
             continue
-        inside = [p for p in found.photographs if re.search(rf"(^|/){split}[a-z]*_images/", p)]
+        inside = [
+            p for p in found.photographs if re.search(rf"(^|/){split}[a-z]*_images/", p, re.I)
+        ]
         if "diagnosis" in header:
             items += found.join(inside, file, split, "id_code", "diagnosis")
         else:
@@ -196,12 +170,10 @@ def _ddr(found: Found) -> list[Record] | None:
     items: list[tuple] = []
     for word, file in files.items():
         text = (found.root / file).read_text("utf-8-sig", "replace") if file else ""
-        if not re.match(r"\S+ \d+\s", text):  # any other list of that name
+        if not re.match(r"\S.*\s\d+\s", text):  # any other list of that name
             continue
-        lines = [line.strip().rpartition(" ") for line in text.splitlines()]
-        places = (f"{found.root / file}, row {number}" for number in range(1, len(lines) + 1))
-        both = zip(places, lines, strict=True)
-        rows = [(where, name.strip(), grade) for where, (name, _, grade) in both if grade]
+        lines = enumerate((line.rsplit(None, 1) for line in text.splitlines()), 1)
+        rows = [(f"{found.root / file}, row {n}", *pair) for n, pair in lines if len(pair) == 2]
         inside = found.below(str(PurePosixPath(file).parent / word))
         items += found.match(inside, file, SPLITS[word], rows, {"5": "ungradable (grade 5)"})
     if items:
@@ -212,9 +184,10 @@ def _ddr(found: Found) -> list[Record] | None:
 def _messidor2(found: Found) -> list[Record] | None:
     """Messidor-2 with the adjudicated grades of messidor_data.csv; all of it is a test set."""
     file = found.tables.get("messidor_data.csv")
-    if file is None:
+    columns = ("image_id", "adjudicated_dr_grade")
+    if file is None or not {*columns} <= {*read_header(found.root / file)}:
         return None
-    rows = read_csv(found.root / file, ("image_id", "adjudicated_dr_grade"))
+    rows = read_csv(found.root / file, columns)
     gradable = {w: row.get("adjudicated_gradable", "1") not in ("0", "0.0") for w, row in rows}
     listed = [
         (w, row["image_id"], row["adjudicated_dr_grade"] if gradable[w] else "ungradable")
@@ -250,7 +223,7 @@ def _idrid(found: Found) -> list[Record] | None:
 def _csv(found: Found, name: str) -> list[Record]:
     """Any csv whose columns are named: paths relative to it, or names of photographs below it."""
     reading, files = found.reading, [name] if name in os.listdir(found.root) else []
-    files = files or [file for file in found.tables.values() if file.endswith(".csv")]
+    files = files or [file for name, file in found.tables.items() if name.endswith(".csv")]
     if len(files) != 1:
         raise InputError(f"{found.root}: holds {some(files) or 'no csv'}; name one as --source")
     if PurePosixPath(files[0]).name.lower().replace("_", "").startswith("samplesubmission"):
@@ -262,14 +235,25 @@ def _csv(found: Found, name: str) -> list[Record]:
     listed = [(w, row[reading.path_column], row.get(reading.grade_column, "")) for w, row in rows]
     for where, path, _ in listed:
         check_path(where, path)
-    there = set(found.photographs)  # else the names alone have to do, as in mirrors
-    key = str if all(path in there for _, path, _ in listed) else stem_of
-    paths = sorted({path for _, path, _ in listed}) if key is str else found.photographs
+    # By path; where none of them is there, the names alone have to do, as in mirrors.
+    there = {*found.photographs}
+    key = next((_path_of for _, path, _ in listed if _path_of(path) in there), stem_of)
+    places = {key(path): where for where, path, _ in listed}
+    paths = [p for p in found.photographs if key is stem_of or p in places]
+    check_files(found.root, {p: places[key(p)] for p in paths if key(p) in places})
     items = found.match(paths, files[0], "train", listed, key=key)
     if not reading.patient_column:
         return named_records(items)
-    patients = {key(row[reading.path_column]): row[reading.patient_column] for _, row in rows}
+    patients: dict[str, str] = {}
+    for where, row in rows:
+        name, patient = key(row[reading.path_column]), row[reading.patient_column]
+        if patients.setdefault(name, patient) != patient:
+            raise InputError(f"{where}: {name} has patient {patients[name]} further up; keep one")
     return [replace(r, patient=patients[key(r.path)] or r.patient) for r in lone_records(items)]
+
+
+def _path_of(text: str) -> str:
+    return str(PurePosixPath(text))
 
 
 def _class_folders(found: Found) -> list[Record] | None:
@@ -303,8 +287,13 @@ def _photographs(found: Found) -> list[Record]:
     root, parts = found.root, [path.split("/") for path in found.photographs]
     inner = {e.path for e in os.scandir(root) if os.path.isfile(f"{e.path}/manifest.csv")}
     inner |= {str(root / p[0]) for p in parts if p[3:] and p[1].lower() in SPLITS}
+    deep = {p[1] for p in parts if p[2:]}
+    if len(deep) > 1 and all(p[2:] and grade_of_name(p[1]) is not None for p in parts):
+        inner |= {str(root / p[0]) for p in parts}
     if inner:
         raise InputError(f"{root}: is one level too high; give {' or '.join(sorted(inner))}")
+    tables = [path for name, path in found.tables.items() if name.endswith(".csv")]
+    found.tell("tables are not read; prepare_data.py --path-column would", tables)
     if any(name.startswith("samplesubmission") for name in found.tables):
         found.notes.append("sampleSubmission.csv is not read: its grades are placeholders, all 0")
     if parts:
@@ -330,7 +319,7 @@ def _scan(root: Path, reading: Reading) -> Found:
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    photographs, tables, seen = [], [], set()
+    photographs, tables, others, seen = [], [], [], set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)  # a link back up would never end
         folders[:] = [f for f in folders if real not in seen and f[0] != "." and f != "__MACOSX"]
@@ -339,10 +328,18 @@ def _scan(root: Path, reading: Reading) -> Found:
         paths = [(n.lower(), (prefix / n).as_posix()) for n in shown]
         photographs += [path for name, path in paths if name.endswith(SUFFIXES)]
         tables += [path for name, path in paths if name.endswith((".csv", ".txt"))]
+        known = (*SUFFIXES, ".csv", ".txt")
+        others += [os.path.splitext(name)[1] for name, _ in paths if not name.endswith(known)]
         seen.add(real)
     tables.sort(key=lambda path: (-path.count("/"), path))
     by_name = {PurePosixPath(path).name.lower(): path for path in tables}  # the uppermost stays
-    return Found(root, sorted(photographs), by_name, reading)
+    odd = [path for path in photographs if path != path.encode("utf-8", "replace").decode()]
+    if odd:
+        raise InputError(f"{root}: {ascii(odd[0])} is no name in UTF-8; rename the file")
+    counts = sorted((-n, kind or "without suffix") for kind, n in Counter(others).items())
+    kinds = ", ".join(f"{-n} {kind}" for n, kind in counts)
+    notes = [f"files that are not read: {kinds}"] if kinds else []
+    return Found(root, sorted(photographs), by_name, reading, notes)
 
 
 def _expected(names: Iterable[str]) -> str:

@@ -10,16 +10,18 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from utils import InputError, write_atomic
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp")
 GRADE = r"([0-4])(\.0*)?|"  # nothing: not graded
+EYE = "(.+)[-_ ](left|right|os|od|l|r)"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Manifest:
     prepared: bool
     layout: str
     notes: tuple[str, ...] = ()
+    lists: dict[str, list[str]] = field(default_factory=dict)  # what notes count, name by name
 
     def split(self, name: str) -> list[Record]:
         return [record for record in self.records if record.split == name]
@@ -66,7 +69,10 @@ def read_manifest(folder, name: str = "manifest.csv") -> Manifest:
             raise InputError(f"{where}: {record.path} is in {rows[record.path]} too; keep one")
         rows[record.path] = where
         records.append(record)
-    _check_files(root, rows)
+    missing = check_files(root, rows)
+    if missing:
+        n = f"{len(missing)} of {len(rows)} files are not there"
+        raise InputError(f"{rows[missing[0]]}: {n}: {some(missing)}; copy them or drop their rows")
     check_leaks(records, root / name)
     # What prepare_data.py leaves beside it; without that, a list of photographs as they are.
     prepared = (root / "data_report.json").is_file()
@@ -88,14 +94,22 @@ def read_csv(file: Path, required: Sequence[str]) -> list[tuple[str, dict[str, s
     try:
         text = file.read_text(encoding="utf-8-sig")
         first = text.partition("\n")[0]
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-        header = [name.strip() for name in next(reader, [])]
-        rows = [(f"{file}, row {reader.line_num}", [c.strip() for c in cells]) for cells in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        delimiter = max(",;\t", key=first.count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 csv ({error})") from None
-    missing = [name for name in required if name not in header]
-    if missing:
-        raise InputError(f"{file}: no column {', '.join(missing)}; its header is {first[:200]!r}")
+    rows, began = [], 1  # a stray quote is noticed at the end of the file
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        for cells in reader:
+            rows.append((f"{file}, row {reader.line_num}", [cell.strip() for cell in cells]))
+            began = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f'{file}, row {began}: {error}; a quote (") too many?') from None
+    for what, wrong in (("no", 0), ("two of", 2)):
+        names = [name for name in required if header.count(name) == wrong]
+        if names:
+            raise InputError(f"{file}: {what} column {', '.join(names)}; header {first[:200]!r}")
     if not any(any(cells) for _, cells in rows):
         raise InputError(f"{file}: no rows under its header; expected one per photograph")
     pad = [""] * len(header)
@@ -134,38 +148,40 @@ def _parse_row(where: str, row: dict[str, str]) -> Record:
     return Record(name, grade, row["patient"], eye, split, *rest)
 
 
-def _check_files(root: Path, rows: dict[str, str]) -> None:
-    """Every path must be a file under root, links included; one listing per folder is fast."""
+def check_files(root: Path, rows: dict[str, str]) -> list[str]:
+    """Return those of the paths that are no file; raise InputError for links out of `root`.
+
+    `rows` says where each path stands. One listing per folder makes it fast.
+    """
     listings: dict[str, dict[str, os.DirEntry]] = {}
-    real_root, missing = os.path.realpath(root), []
+    missing, outside, real_root = [], set(), os.path.realpath(root)
     for path, where in rows.items():
         folder, _, name = path.rpartition("/")
-        entry = listings.get(folder, {}).get(name)
-        checked = folder in listings and not (entry and entry.is_symlink())
-        if not checked and not Path(os.path.realpath(root / path)).is_relative_to(real_root):
-            raise InputError(f"{where}: {path} is a link out of the folder; put the file there")
         if folder not in listings:
             there = os.path.isdir(root / folder)
             listings[folder] = {e.name: e for e in os.scandir(root / folder)} if there else {}
-            entry = listings[folder].get(name)
+            if not Path(os.path.realpath(root / folder)).is_relative_to(real_root):
+                outside.add(folder)
+        entry = listings[folder].get(name)
+        linked = entry and entry.is_symlink() and os.path.realpath(root / path)
+        if folder in outside or (linked and not Path(linked).is_relative_to(real_root)):
+            raise InputError(f"{where}: {path} is a link out of the folder; put the file there")
         # A disk that ignores case or composes accents finds what its listing spells otherwise.
         if not (entry.is_file() if entry else os.path.isfile(root / path)):
             missing.append(path)
-    if missing:
-        n = f"{len(missing)} of {len(rows)} files are not there"
-        raise InputError(f"{rows[missing[0]]}: {n}: {some(missing)}; copy them or drop their rows")
+    return missing
 
 
-def picture_paths(records: tuple[Record, ...], suffix: str = ".jpg") -> dict[str, str]:
+def picture_paths(records: Iterable[Record], suffix: str = ".jpg") -> dict[str, str]:
     """Each photograph's picture: images/<stem><suffix>, with its folders where stems collide."""
     paths = [PurePosixPath(record.path) for record in records]
     names = [(path.stem, str(path.with_suffix("")), str(path)) for path in paths]
     # Some disks ignore case, so 1.jpg and 1.JPG are one.
-    times = [Counter(name.casefold() for name in column) for column in zip(*names, strict=True)]
+    times = Counter(name.casefold() for row in names for name in {*row})
     pictures = {}
     for row in names:
-        free = [name for name, t in zip(row, times, strict=True) if t[name.casefold()] == 1]
-        pictures[row[-1]] = f"images/{(free or row)[0]}{suffix}"
+        free = [name for name in row if times[name.casefold()] == 1]
+        pictures[row[-1]] = f"images/{(free or row)[0 if free else -1]}{suffix}"
     return pictures
 
 
@@ -179,126 +195,73 @@ def check_leaks(records: Iterable[Record], where) -> None:
         raise InputError(f"{where}: {what}; keep each in one, or put all into train, to be split")
 
 
-def split_patients(
-    records: Sequence[Record], *, seed: int = 0, linked: Iterable[tuple[str, str]] = ()
-) -> list[Record]:
-    """Complete the splits, always by patient, in strata of the patient's worse eye (or no grade).
+# ----------------------------------------------------------------------- folders as downloaded
+@dataclass(frozen=True)
+class Reading:
+    """How to read a data set that no adapter knows: columns of a csv, grades of class folders."""
 
-    Without test, val becomes test, or else 20 % of the patients do; without val, 10 % of train's
-    patients become val. `linked` are pairs of paths, of one picture: their patients stay together.
-    Raises InputError if a patient is in two splits already.
-    """
-    check_leaks(records, "splits")
-    present = {record.split for record in records}
-    groups = _groups(records, linked)
-    if "test" not in present and "val" in present:
-        records = [replace(r, split="test") if r.split == "val" else r for r in records]
-    elif "test" not in present:
-        records = _cut(records, groups, "test", 0.2, seed)
-    if not {"val", "test"} <= present:
-        records = _cut(records, groups, "val", 0.1, seed)
-    return list(records)
+    path_column: str = ""
+    grade_column: str = ""
+    patient_column: str = ""
+    grades: dict[str, int] = field(default_factory=dict)  # by the class folder's name
 
 
-def fold_splits(
-    records: Sequence[Record], folds: int, *, linked: Iterable[tuple[str, str]] = ()
-) -> list[list[Record]]:
-    """Return the records once for each fold, which is their test; of the others 10 % become val.
+@dataclass
+class Found:
+    """A folder's listing, which adapters look at, and the notes that they leave."""
 
-    Every group of patients is in the test of one fold; strata and `linked` as in `split_patients`.
-    Raises InputError for fewer than 2 folds or fewer groups than folds.
-    """
-    records = [replace(r, split="train") for r in records]
-    groups = _groups(records, linked)
-    order = [group for stratum in _strata(records, groups, 0) for group in stratum]
-    if not 2 <= folds <= len(order):
-        raise InputError(f"--folds {folds}: expected 2 to {len(order)}, the number of patients")
-    made = []
-    for fold in range(folds):
-        held = set(order[fold::folds])  # dealt out stratum by stratum
-        split = [replace(r, split="test") if groups[r.patient] in held else r for r in records]
-        made.append(_cut(split, groups, "val", 0.1, 0))
-    return made
+    root: Path
+    photographs: list[str]  # posix paths relative to root, sorted
+    tables: dict[str, str]  # .csv and .txt files: path by lower-case name, the uppermost of each
+    reading: Reading
+    notes: list[str] = field(default_factory=list)
+    lists: dict[str, list[str]] = field(default_factory=dict)
 
+    def tell(self, what: str, names: Sequence[str]) -> None:
+        """Note how many there are of something, with five examples; nothing where there is none."""
+        if names:
+            self.notes.append(f"{len(names)} {what}: {some(names)}")
+            self.lists[what] = list(names)
 
-def _groups(records: Sequence[Record], linked: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The group of each patient, named after its first: patients whom pairs of paths link."""
-    patient = {record.path: record.patient for record in records}
-    group = {record.patient: record.patient for record in records}
+    def join(self, paths: list[str], file: str, split: str, image: str, grade: str) -> list[tuple]:
+        """Match photographs with a csv's columns `image` and `grade`: (path, grade, split)."""
+        rows = read_csv(self.root / file, (image, grade))
+        return self.match(paths, file, split, [(w, row[image], row[grade]) for w, row in rows])
 
-    def top(name: str) -> str:
-        while group[name] != name:
-            name = group[name]
-        return name
+    def match(
+        self, paths: list[str], file: str, split: str, rows: list, dropped: Any = (), key=None
+    ) -> list[tuple]:
+        """Match photographs with a table's rows (where, name, grade): (path, grade, split).
 
-    for one, other in linked:
-        first, second = sorted((top(patient[one]), top(patient[other])))
-        group[second] = first
-    return {name: top(name) for name in group}
+        Both go by their `key`, `stem_of` mostly, since mirrors change folders, suffixes and case.
+        What has no partner is told; so are rows whose grade is one of `dropped`, which are left
+        out, under what it says. Raises InputError, naming file and row, for other grades than 0-4,
+        and for a name with two.
+        """
+        by_name: dict[str, str] = {}
+        key, dropped = key or stem_of, dict(dropped)
+        for path in paths:
+            if by_name.setdefault(key(path), path) != path:
+                twice = f"{by_name[key(path)]} and {path} have the same name"
+                raise InputError(f"{self.root / file}: {twice}; keep one")
+        grades: dict[str, Any] = {}
+        for where, text, grade in rows:
+            name, value = key(text), grade if grade in dropped else _grade(where, grade)
+            if grades.setdefault(name, value) != value:
+                raise InputError(f"{where}: {name} has grade {grades[name]} further up; keep one")
+        lone = [path for name, path in by_name.items() if name not in grades]
+        self.tell(f"photographs without a row in {PurePosixPath(file).name}", lone)
+        missing = [name for name in grades if name not in by_name]
+        self.tell(f"rows of {PurePosixPath(file).name} without photograph", missing)
+        for text, what in dropped.items():
+            left = [name for name, grade in grades.items() if grade == text]
+            self.tell(f"photographs left out, {what}", left)
+        both = ((path, grades[name]) for name, path in by_name.items() if name in grades)
+        return [(path, grade, split) for path, grade in both if grade not in dropped]
 
-
-def _strata(records: Iterable[Record], groups: dict[str, str], seed: int) -> list[list[str]]:
-    """Train's groups in a random order of `seed`, by the worst grade in each (or none)."""
-    worse: dict[str, int] = {}
-    for record in records:
-        if record.split == "train":
-            grade, group = -1 if record.grade is None else record.grade, groups[record.patient]
-            worse[group] = max(grade, worse.get(group, -1))
-    strata = defaultdict(list)
-    # By hash, not by random numbers: any version of anything takes the same patients.
-    for group in sorted(worse, key=lambda g: hashlib.sha256(f"{seed} {g}".encode()).digest()):
-        strata[worse[group]].append(group)
-    return [strata[grade] for grade in sorted(strata)]
-
-
-def _cut(
-    records: Sequence[Record], groups: dict[str, str], name: str, share: float, seed: int
-) -> list[Record]:
-    """Move `share` of train's groups to the split `name`, the same share of each stratum."""
-    strata = _strata(records, groups, seed)
-    # All strata evenly interleaved: any beginning of this order has the same share of each.
-    order = sorted(((i + 0.5) / len(s), s[i]) for s in strata for i in range(len(s)))
-    number = max(1, round(share * len(order))) if len(order) > 1 else 0
-    moved = {group for _, group in order[:number]}
-    inside = (r.split == "train" and groups[r.patient] in moved for r in records)
-    return [replace(r, split=name) if i else r for r, i in zip(records, inside, strict=True)]
-
-
-def match_rows(
-    file: Path,
-    rows: list[tuple[str, str, str]],
-    paths: list[str],
-    dropped: dict[str, str],
-    tell: Callable[[str, list[str]], None],
-    key: Callable[[str], str],
-) -> dict[str, int | None]:
-    """Match a table's rows (where, name, grade) with photographs; return {path: grade}.
-
-    Both go by their `key`, `stem_of` mostly, since mirrors change folders, suffixes and case. What
-    has no partner is told; so are rows whose grade is one of `dropped`, which are left out, under
-    what it says. Raises InputError, naming file and row, for other grades than 0-4, and for a name
-    with two.
-    """
-    by_stem: dict[str, str] = {}
-    for path in paths:
-        if by_stem.setdefault(key(path), path) != path:
-            twice = by_stem[key(path)]
-            raise InputError(f"{file}: {twice} and {path} have the same name; keep one")
-    grades: dict[str, int | None] = {}
-    for where, text, grade in rows:
-        stem = key(text)
-        value = grade if grade in dropped else _grade(where, grade)
-        if grades.setdefault(stem, value) != value:
-            raise InputError(f"{where}: {stem} has level {grades[stem]} further up; keep one")
-    tell(
-        f"photographs without a row in {file.name}",
-        [by_stem[s] for s in by_stem if s not in grades],
-    )
-    tell(f"rows of {file.name} without photograph", [s for s in grades if s not in by_stem])
-    for text, what in dropped.items():
-        tell(f"photographs left out, {what}", [s for s, g in grades.items() if g == text])
-    kept = ((path, grades[stem]) for stem, path in by_stem.items() if stem in grades)
-    return {path: grade for path, grade in kept if grade not in dropped}
+    def below(self, folder: str) -> list[str]:
+        """Return the photographs under a folder, "" for all."""
+        return [p for p in self.photographs if not folder or p.startswith(folder + "/")]
 
 
 def stem_of(name: str) -> str:
@@ -309,17 +272,22 @@ def stem_of(name: str) -> str:
 
 def _grade(where: str, text: str) -> int | None:
     if not re.fullmatch(GRADE, text):
-        raise InputError(f"{where}: level is {text!r}; expected 0, 1, 2, 3 or 4")
+        raise InputError(f"{where}: grade is {text!r}; expected 0, 1, 2, 3 or 4")
     return int(text[0]) if text else None
 
 
 def named_records(items: Iterable[tuple[str, int | None, str]]) -> list[Record]:
-    """Records of (path, grade, split); patients are named <patient>_<left|right>, else by stem."""
+    """Records of (path, grade, split); patients are named <patient>_<left|right>, else by stem.
+
+    Also -left, _OS or _l, and so on (oculus sinister, dexter).
+    """
     records = []
     for record in lone_records(items):
-        match = re.fullmatch("(.+)_(left|right)", PurePosixPath(record.path).stem, re.IGNORECASE)
-        patient, eye = (match[1], match[2].lower()) if match else (record.patient, "")
-        records.append(replace(record, patient=patient, eye=eye))
+        match = re.fullmatch(EYE, PurePosixPath(record.path).stem, re.IGNORECASE)
+        sides = {"l": "left", "os": "left", "r": "right", "od": "right"}
+        eye = match[2].lower() if match else ""
+        patient = match[1] if match else record.patient
+        records.append(replace(record, patient=patient, eye=sides.get(eye, eye)))
     return records
 
 
@@ -345,4 +313,5 @@ def grade_of_name(name: str) -> int | None:
 
 
 def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    short = (name if len(name) <= 80 else f"{name[:77]}..." for name in names[:5])
+    return ", ".join(short) + ", ..." * (len(names) > 5)

@@ -9,7 +9,6 @@ copies) and DATA/prepare.jsonl, from which the same command goes on where it sto
 
 import base64
 import contextlib
-import functools
 import hashlib
 import io
 import itertools
@@ -19,7 +18,6 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,19 +29,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from layouts import Reading, complete_splits, read_data
-from manifest import Manifest, Record, fold_splits, picture_paths, write_manifest
-from photographs import (
-    Photograph,
-    PhotographError,
-    coarse,
-    find_alike,
-    open_photograph,
-    read_photograph,
-    signature,
-    subtract_local_mean,
-)
+import photographs
+import splits
+from layouts import Reading, read_data
+from manifest import Manifest, Record, picture_paths, write_manifest
 from utils import InputError, Stopped, check_options, log, run_main, write_atomic, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Layout = Literal[
     "auto", "eyepacs", "aptos", "ddr", "messidor2", "idrid", "class_folders", "photographs", "csv"
@@ -111,29 +106,48 @@ class Task(NamedTuple):
 def prepare_photograph(task: Task) -> dict[str, Any]:
     """Write one picture and return its facts, or its "error" alone. Runs in the workers."""
     try:
-        how = task.size, task.allow_truncated, task.keep_aspect
-        picture, *found = read_photograph(task.source, *how)
-    except PhotographError as error:
+        photograph, truncated = _read(task)
+    except photographs.PhotographError as error:
         return {"path": task.path, "error": str(error)}
-    look, light = signature(picture), picture.mean(axis=2)
+    picture = photograph.picture
+    light = picture.mean(axis=2)
     h, w = (side // 4 for side in light.shape)
     tone = {"brightest": int(np.quantile(light, 0.99))}
     tone["contrast"] = round(float(light[h:-h, w:-w].std()), 1)  # of the middle, away from the rim
-    buffer, image = io.BytesIO(), subtract_local_mean(picture) if task.graham else picture
+    look = splits.coarse(splits.signature(picture)).tobytes()
+    tone["signature"] = base64.b64encode(look).decode()
+    image = photographs.subtract_local_mean(picture) if task.graham else picture
     # Without chroma subsampling, since microaneurysms are small and red.
     options = {"quality": 95, "subsampling": 0} if task.image_format == "jpeg" else {}
+    buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, task.image_format, **options)
-    data = buffer.getvalue()
     task.target.parent.mkdir(parents=True, exist_ok=True)
     temporary = task.target.with_name(f".{task.target.name}.tmp")
-    temporary.write_bytes(data)
+    temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, task.target)
-    facts = {"path": task.path} | dict(zip(Photograph._fields[1:], found, strict=True))
-    facts |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    status = task.source.stat()
-    facts |= {"source_bytes": status.st_size, "source_ns": status.st_mtime_ns} | tone
-    facts["signature"] = base64.b64encode(coarse(look).tobytes()).decode()
-    return facts | {"allow_truncated": task.allow_truncated}
+    facts = {"path": task.path, "truncated": truncated}
+    facts |= dict(zip(photographs.Photograph._fields[1:], photograph[1:], strict=True))
+    facts["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    return facts | tone | _stamp(task.source, "source") | _stamp(task.target, "target")
+
+
+def _read(task: Task) -> tuple[photographs.Photograph, bool]:
+    """Read a task's photograph; say whether it is cut off, which `allow_truncated` lets pass."""
+    try:
+        return photographs.read_photograph(task.source, task.size, False, task.keep_aspect), False
+    except photographs.PhotographError:
+        if not task.allow_truncated:
+            raise
+        return photographs.read_photograph(task.source, task.size, True, task.keep_aspect), True
+
+
+def _stamp(path: Path, name: str) -> dict[str, int]:
+    """Return size and time of a file, by which it is known to be unchanged."""
+    try:
+        status = path.stat()
+    except OSError:
+        return {f"{name}_bytes": -1}
+    return {f"{name}_bytes": status.st_size, f"{name}_ns": status.st_mtime_ns}
 
 
 def prepare_photographs(tasks: list[Task], workers: int) -> Iterator[dict[str, Any]]:
@@ -169,51 +183,76 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def open_journal(out: Path, how: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Make `out` if need be; return what an earlier run finished in it, by photograph.
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make `out` if need be and keep other processes from preparing into it; not on Windows.
 
-    Raises InputError for other data, or what was prepared with other options than `how`.
+    Raises InputError when it is taken, and for whatever cannot be written meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if fcntl:
+                handle = os.open(out, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise InputError(f"--out {out}: another process prepares into it; wait") from None
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written ({error})") from None
+
+
+def open_journal(out: Path, how: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what an earlier run finished in `out`, by photograph.
+
+    Raises InputError for a folder of other content, or prepared with other options than `how`.
     """
     file = out / "prepare.jsonl"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     entries = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):  # the line at which it was stopped
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):  # the line at which it was stopped, or damage
             entries.append(json.loads(line))
-    if not entries and ((out / "manifest.csv").exists() or (out / "images").exists()):
+    entries = [entry for entry in entries if isinstance(entry, dict)]
+    made = [entry for entry in entries if "size" in entry]
+    if not made and ((out / "manifest.csv").exists() or (out / "images").exists()):
         raise InputError(f"--out {out}: holds other data; give a new folder")
-    for name, value in how.items() if entries else ():
-        if entries[0].get(name) != value:
-            made = f"made with --{name.replace('_', '-')} {entries[0].get(name)}"
-            raise InputError(f"--out {out}: {made}; give a new folder")
-    done = {entry["path"]: entry for entry in entries[1:]}
+    for name, value in how.items() if made else ():
+        if made[0].get(name) != value:
+            was = f"{name.replace('_', '-')} = {made[0].get(name)}, not {value}"
+            raise InputError(f"--out {out}: was made with {was}; give a new folder")
+    done = {entry["path"]: entry for entry in entries if "path" in entry}
     text = "".join(json.dumps(entry) + "\n" for entry in [how, *done.values()])
     write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return done
 
 
-def is_finished(task: Task, entry: dict[str, Any] | None) -> bool:
+def is_finished(task: Task, entry: dict[str, Any]) -> bool:
     """Whether the journal's `entry` still holds for the photograph and its picture."""
-    with contextlib.suppress(OSError):
-        status = task.source.stat()
-        now = {"source_bytes": status.st_size, "source_ns": status.st_mtime_ns}
-        now["bytes"] = task.target.stat().st_size
-        if entry is None or entry != entry | now:
-            return False
-        return task.allow_truncated or not entry["allow_truncated"]  # a cut-off one may be in it
-    return False
+    now = _stamp(task.source, "source") | _stamp(task.target, "target")
+    return now.items() <= entry.items() and (task.allow_truncated or not entry["truncated"])
 
 
 def prepare_folder(
     manifest: Manifest, pictures: dict[str, str], out: Path, options: PrepareOptions
 ) -> dict[str, dict[str, Any]]:
-    """Prepare what is not finished; return the facts of each photograph, by its path."""
+    """Prepare what is not finished; return the facts of each photograph, by its path.
+
+    Raises InputError when most of what is finished in `out` is of other photographs.
+    """
     how = {n: getattr(options, n) for n in ("size", "keep_aspect", "graham", "image_format")}
-    facts, cut = open_journal(out, how), options.allow_truncated
+    facts = open_journal(out, how)
     tasks = [
-        Task(p, manifest.root / p, out / to, **how, allow_truncated=cut)
-        for p, to in pictures.items()
+        Task(path, manifest.root / path, out / to, **how, allow_truncated=options.allow_truncated)
+        for path, to in pictures.items()
     ]
-    tasks = [task for task in tasks if not is_finished(task, facts.get(task.path))]
+    again = [task for task in tasks if task.path in facts]
+    ours = sum(_stamp(t.source, "source").items() <= facts[t.path].items() for t in again)
+    if 2 * ours < len(facts):
+        few = f"of {len(facts)} photographs prepared in it, {ours} are those of --source"
+        raise InputError(f"--out {out}: {few}; give a new folder")
+    tasks = [task for task in tasks if not is_finished(task, facts.get(task.path, {}))]
     done, told = len(pictures) - len(tasks), time.monotonic()
     workers = options.workers or os.cpu_count() or 1
     log.info("%d photographs, %d of them finished; %d processes", len(pictures), done, workers)
@@ -232,104 +271,57 @@ def prepare_folder(
             if bar.disable and time.monotonic() - told > 30:
                 told = time.monotonic()
                 log.info("%d of %d photographs", done, len(pictures))
-    return facts
+    return {path: facts[path] for path in pictures}
 
 
-def find_copies(
-    out: Path, pictures: dict[str, str], facts: dict[str, dict[str, Any]]
-) -> list[tuple[str, str, float]]:
-    """Return pairs of photographs that show one picture, and how alike they are (1: one file)."""
-    paths = [path for path in pictures if "error" not in facts[path]]
-    looks = b"".join(base64.b64decode(facts[path]["signature"]) for path in paths)
-    small = np.frombuffer(looks, np.int8).reshape(len(paths), -1)
-    full = functools.lru_cache(4096)(lambda i: signature(open_photograph(out / pictures[paths[i]])))
-    found, first = {(paths[i], paths[j]): how for i, j, how in find_alike(small, full)}, {}
-    same = [(first.setdefault(facts[path]["sha256"], path), path) for path in paths]
-    found |= {pair: 1.0 for pair in same if pair[0] != pair[1]}
-    return [(*pair, how) for pair, how in sorted(found.items())]
-
-
-def count_splits(records: list[Record]) -> dict[str, Any]:
-    """Count each split's photographs, patients and grades, beside its majority line; say it."""
-    splits = {}
-    train = Counter(r.grade for r in records if r.split == "train" and r.grade is not None)
-    for split in ("train", "val", "test"):
-        rows = [record for record in records if record.split == split]
-        grades = Counter(record.grade for record in rows)
-        line = {"images": len(rows), "patients": len({record.patient for record in rows})}
-        line |= {"by_grade": [grades[g] for g in range(5)], "without_grade": grades.pop(None, 0)}
-        if train and grades:
-            line["majority"] = round(grades[max(train, key=train.get)] / grades.total(), 4)
-        splits[split] = line
-        log.info("%s: %s", split, ", ".join(f"{name} {value}" for name, value in line.items()))
-    return splits
-
-
-def list_doubts(
-    records: list[Record], facts: dict[str, dict[str, Any]], copies: list[tuple[str, str, float]]
-) -> dict[str, list[str]]:
-    """List all that a person should look at, and say how much of each there is."""
-    by_source = {record.source: record for record in records}
-    facts_of = {record.path: facts[record.source] for record in records}
-    pairs = [(by_source[one], by_source[other], how) for one, other, how in copies]
-    told = [f"{a.path} = {b.path} ({how:.2f})" for a, b, how in pairs]
-    lists = {
-        "doubtful_crops": [path for path, fact in facts_of.items() if fact["doubtful"]],
-        "near_black": [path for path, fact in facts_of.items() if fact["brightest"] <= 22],
-        "blank": [path for path, fact in facts_of.items() if fact["contrast"] < 2],
-        "copies": told,
-        "copies_of_other_patients": [],
-        "copies_in_other_splits": [],
-        "copies_with_other_grades": [],
-        "left_out": [f"{path} {fact['error']}" for path, fact in facts.items() if "error" in fact],
-    }
-    for (one, other, _), text in zip(pairs, told, strict=True):
-        for word, kind in (("of", "patient"), ("in", "split"), ("with", "grade")):
-            values = getattr(one, kind), getattr(other, kind)
-            if values[0] != values[1]:
-                lists[f"copies_{word}_other_{kind}s"].append(f"{text}: {values[0]}, {values[1]}")
-    for name, lines in lists.items():
-        if lines:
-            some = lines[:20] + ["..."] * (len(lines) > 20)
-            log.info("\n  ".join([f"{name.replace('_', ' ')}: {len(lines)}", *some]))
-    return lists
-
-
-def main(options: PrepareOptions, config: Path | None = None) -> None:
-    """Prepare a data set, or what is left of it to prepare, and say what was found."""
+def read_source(options: PrepareOptions) -> Manifest:
+    """Read what is to be prepared and say what it is; raises InputError before any work is done."""
     columns = options.path_column, options.grade_column, options.patient_column
     manifest = read_data(options.source, options.layout, Reading(*columns, options.grades))
-    out = Path(options.out).expanduser()
-    if out.resolve().is_relative_to(manifest.root.resolve()):
-        raise InputError(f"--out {out}: lies in --source, which is not written to; choose another")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    suffix = ".jpg" if options.image_format == "jpeg" else ".png"
-    pictures = picture_paths(manifest.records, suffix)
-    try:
-        facts = prepare_folder(manifest, pictures, out, options)
-    except KeyboardInterrupt:
-        raise Stopped("what is finished is kept, the same command goes on") from None
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error})") from None
-    facts = {path: facts[path] for path in pictures}
+    root, out = manifest.root.resolve(), Path(options.out).expanduser().resolve()
+    if manifest.prepared:
+        raise InputError(f"--source {root}: is prepared already; give it to training as --data")
+    if out.is_relative_to(root) or root.is_relative_to(out):
+        raise InputError(f"--out {out}: and --source lie in each other; choose a folder beside it")
+    patients = len({record.patient for record in manifest.records})
+    if options.folds > patients:
+        raise InputError(f"--folds {options.folds}: expected 2 to {patients}, as many as patients")
+    for note in manifest.notes:
+        log.info("%s: %s", manifest.layout, note)
+    return manifest
+
+
+def prepare(manifest: Manifest, out: Path, options: PrepareOptions) -> None:
+    """Prepare a data set into `out`: pictures, manifest, folds, report."""
+    pictures = picture_paths(manifest.records, f".{options.image_format}".replace("jpeg", "jpg"))
+    facts = prepare_folder(manifest, pictures, out, options)
     good = tuple(record for record in manifest.records if "error" not in facts[record.path])
-    copies = find_copies(out, pictures, facts)
+
+    def picture_of(path: str) -> np.ndarray:
+        if not options.graham:
+            return photographs.open_photograph(out / pictures[path])
+        raw = manifest.root / path  # Graham's pictures show too little of what tells eyes apart
+        return photographs.load_photograph(raw, options.size, options.allow_truncated)
+
+    copies = splits.find_copies(facts, picture_of)
     linked = [(one, other) for one, other, _ in copies]
-    whole = complete_splits(replace(manifest, records=good), linked)
-    for note in whole.notes:
+    whole = splits.complete_splits(replace(manifest, records=good), linked)
+    for note in whole.notes[len(manifest.notes) :]:
         log.info("%s: %s", whole.layout, note)
-    records = [in_folder(record, pictures, facts) for record in whole.records]
+    records = tuple(in_folder(record, pictures, facts) for record in whole.records)
     about = {"layout": whole.layout, "size": options.size, "notes": whole.notes}
-    about |= {"splits": count_splits(records)} | list_doubts(records, facts, copies)
+    about |= {"splits": splits.count_splits(records)}
+    about["doubts"] = splits.list_doubts(replace(whole, records=records), facts, copies)
     write_json(out / "data_report.json", about)
-    folds = fold_splits(good, options.folds, linked=linked) if options.folds else []
-    for number, fold in enumerate(folds, 1):
-        rows = [in_folder(record, pictures, facts) for record in fold]
-        write_manifest(out, rows, f"manifest-fold-{number}.csv")
+    for old in out.glob("manifest-fold-*.csv"):
+        old.unlink()
     write_manifest(out, records)
-    log.info("%d pictures in %s", len(records), out)
-    bad = len(facts) - len(records)
-    if bad >= BAD_SHARE * len(facts):
+    folds = splits.fold_splits(good, options.folds, linked=linked) if options.folds else []
+    for n, fold in enumerate(folds, 1):
+        write_manifest(out, [in_folder(r, pictures, facts) for r in fold], f"manifest-fold-{n}.csv")
+    also = f", and {len(folds)} manifest-fold-N.csv" * bool(folds)
+    log.info("%d pictures in %s%s", len(records), out, also)
+    if (bad := len(facts) - len(records)) >= BAD_SHARE * len(facts):
         raise InputError(
             f"{manifest.root}: {bad} of {len(facts)} photographs cannot be used, all others are "
             f"prepared; copy the bad ones again (see {out / 'data_report.json'}) and repeat"
@@ -340,6 +332,18 @@ def in_folder(record: Record, pictures: dict[str, str], facts: dict[str, dict[st
     """Return a raw photograph's record as that of its prepared picture."""
     more = {name: facts[record.path][name] for name in ("width", "height", "sha256")}
     return replace(record, path=pictures[record.path], source=record.path, **more)
+
+
+def main(options: PrepareOptions, config: Path | None = None) -> None:
+    """Prepare a data set, or what is left of it to prepare, and say what was found."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    out = Path(options.out).expanduser()
+    try:
+        manifest = read_source(options)
+        with locked(out):
+            prepare(manifest, out, options)
+    except KeyboardInterrupt:
+        raise Stopped("what is finished is kept, the same command goes on") from None
 
 
 if __name__ == "__main__":

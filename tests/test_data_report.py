@@ -17,12 +17,14 @@ from PIL import Image
 from tools.data_report import SHOWN, THUMBNAIL, page
 from utils import HERE
 
+A, C = "images/a <b>.jpg", "images/c d.png"
 LISTS = {
-    "doubtful_crops": ["images/a <b>.jpg"],
+    "doubtful_crops": [{"text": A, "pictures": [A]}],
     "near_black": [],
-    "copies": ["images/a <b>.jpg = images/c d.png (0.97)"],
-    "copies_of_other_patients": [f"images/c d.png = images/c d.png ({i}): 1, 2" for i in range(70)],
-    "left_out": ["raw/x.jpg is empty"],
+    "copies": [{"text": f"{A} = {C} (0.97)", "pictures": [A, C]}],
+    "copies_of_other_patients": [{"text": f"copy {i}", "pictures": [C, C]} for i in range(70)],
+    "unreadable": [{"text": "raw/x.jpg is empty", "pictures": []}],
+    "rows of train.csv without photograph": [{"text": "lost_left", "pictures": []}],
 }
 SPLITS = {
     "train": {"images": 3, "patients": 2, "by_grade": [2, 1, 0, 0, 0], "without_grade": 0},
@@ -37,7 +39,7 @@ def folder(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (300, 200), (200, 30, 30)).save(tmp_path / "images" / "a <b>.jpg")
     Image.new("L", (60, 90), 90).save(tmp_path / "images" / "c d.png")
-    report = {"layout": "csv", "size": 300, "notes": ["1 < 2"], "splits": SPLITS} | LISTS
+    report = {"layout": "csv", "size": 300, "notes": ["1 < 2"], "splits": SPLITS, "doubts": LISTS}
     (tmp_path / "data_report.json").write_text(json.dumps(report))
     return tmp_path
 
@@ -51,7 +53,7 @@ def test_page_shows_every_list_with_its_pictures(folder):
     assert "<td>train</td><td>3</td><td>2</td><td>2</td><td>1</td>" in text and "66.7%" in text
     figures = re.findall("<figure>(.*?)</figure>", text)
     counts = [figure.count("<img") for figure in figures]
-    assert counts == [1, 2] + [2] * SHOWN + [0]
+    assert counts == [1, 2] + [2] * SHOWN + [0, 0]
     found = [base64.b64decode(d) for d in re.findall('base64,([^"]*)', figures[1])]
     sizes = [Image.open(io.BytesIO(data)).size for data in found]
     assert sizes == [(THUMBNAIL, 85), (60, 90)]
@@ -72,5 +74,10 @@ def test_command(folder, tmp_path):
     assert (folder / "data_report.html").read_text().startswith("<!doctype html>")
     (tmp_path / "empty").mkdir()
     done = subprocess.run([*command, str(tmp_path / "empty")], **how)
-    assert done.returncode and "no report of prepare_data.py there" in done.stderr
+    assert done.returncode == 2 and "no report of prepare_data.py there" in done.stderr
+    (tmp_path / "empty" / "data_report.json").write_text("[]")
+    done = subprocess.run([*command, str(tmp_path / "empty")], **how)
+    assert done.returncode == 2 and "no report of prepare_data.py there" in done.stderr
+    done = subprocess.run([*command, str(folder), "--out", str(tmp_path / "no" / "page")], **how)
+    assert done.returncode == 2 and "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr

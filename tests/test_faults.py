@@ -127,7 +127,7 @@ def test_preparing(zoo, tmp_path):
     with pytest.raises(InputError, match="12 of 30 photographs cannot be used"):
         prepare_data.main(options)
     report = json.loads((tmp_path / "out" / "data_report.json").read_text())
-    told = dict(line.split(" ", 1) for line in report["left_out"])
+    told = dict(entry["text"].split(" ", 1) for entry in report["doubts"]["unreadable"])
     assert told.keys() == bad.keys()
     assert all(text in told[name] for name, text in bad.items())
     records = open_data(tmp_path / "out").records

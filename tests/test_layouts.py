@@ -4,12 +4,14 @@ Run: pytest tests/test_layouts.py
 """
 
 import os
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from helpers import assert_disjoint, by_path, splits_of, touch
 
-from layouts import Reading, open_data
+from layouts import PUBLISHED, Reading, open_data
 from manifest import Record, write_manifest
 from utils import InputError
 
@@ -131,7 +133,7 @@ def test_eyepacs_bad_levels_name_file_and_row(tmp_path, level):
     eyepacs(tmp_path)
     with (tmp_path / "trainLabels.csv").open("a") as file:
         file.write(f"99_left,{level}\n")
-    with pytest.raises(InputError, match=rf"trainLabels\.csv, row 42: level is '{level}'.*0, 1, 2"):
+    with pytest.raises(InputError, match=rf"trainLabels\.csv, row 42: grade is '{level}'.*0, 1, 2"):
         open_data(tmp_path)
 
 
@@ -142,7 +144,7 @@ def test_eyepacs_row_twice(tmp_path):
     assert len(open_data(tmp_path).records) == 40
     with (tmp_path / "trainLabels.csv").open("a") as file:
         file.write("3_left,1\n")
-    with pytest.raises(InputError, match="row 43: 3_left has level 3 further up"):
+    with pytest.raises(InputError, match="row 43: 3_left has grade 3 further up"):
         open_data(tmp_path)
 
 
@@ -379,7 +381,7 @@ def test_ddr(tmp_path):
         manifest.notes
     )
     (base / "test.txt").write_text("002-0000-000.jpg 6\n")
-    with pytest.raises(InputError, match=r"test\.txt, row 1: level is '6'"):
+    with pytest.raises(InputError, match=r"test\.txt, row 1: grade is '6'"):
         open_data(tmp_path)
 
 
@@ -492,3 +494,181 @@ def test_sample_submission_beside_photographs_is_told(tmp_path):
     for path in (tmp_path, tmp_path / "sampleSubmission.csv"):
         with pytest.raises(InputError, match=r"sampleSubmission\.csv: its grades are placeholders"):
             open_data(path, reading=Reading("image", "level"))
+
+
+# ---------------------------------------------------------------- nothing wrong goes in unseen
+
+
+def csv_of(root, text, *paths, name="my.csv"):
+    (root / name).write_text(text)
+    touch(root, *paths)
+
+
+def test_published_counts_are_the_data_sets_own():
+    totals = {n: {s: sum(c) for s, c in splits.items()} for n, splits in PUBLISHED.items()}
+    assert totals == {
+        "eyepacs": {"train": 35126, "test": 53576},
+        "aptos": {"train": 3662},
+        "ddr": {"all": 12522},
+        "messidor2": {"test": 1744},
+        "idrid": {"train": 413, "test": 103},
+    }
+
+
+def test_csv_rows_go_by_path_and_missing_ones_are_told(tmp_path):
+    """Both folders number alike: nobody gets another one's row because a file is missing."""
+    rows = [f"a/{i}.png,1,ann{i}" for i in range(4)] + [f"./b/{i}.png,2,bob{i}" for i in range(3)]
+    csv_of(tmp_path, "file,dr,who\n" + "\n".join(rows), *(f"a/{i}.png" for i in range(4)))
+    touch(tmp_path, "b/0.png", "b/9.png")
+    manifest = open_data(tmp_path, reading=Reading("file", "dr", "who"))
+    found = {(r.path, r.grade, r.patient) for r in manifest.records}
+    assert found == {(f"a/{i}.png", 1, f"ann{i}") for i in range(4)} | {("b/0.png", 2, "bob0")}
+    assert "2 rows of my.csv without photograph: b/1.png, b/2.png" in manifest.notes
+
+
+def test_csv_with_two_patients_for_one_photograph_is_refused(tmp_path):
+    csv_of(tmp_path, "file,who\na.png,ann\nb.png,bob\na.png,cid\n", "a.png", "b.png")
+    with pytest.raises(InputError, match=r"my\.csv, row 4: a\.png has patient ann further up"):
+        open_data(tmp_path, reading=Reading("file", "", "who"))
+
+
+def test_csv_without_a_patient_in_a_row_and_by_tabs_and_upper_case(tmp_path):
+    csv_of(tmp_path, "file\tdr\twho\na.png\t1\tann\nb.png\t2\t\n", "a.png", "b.png", name="MY.CSV")
+    for path in (tmp_path, tmp_path / "MY.CSV"):
+        records = open_data(path, reading=Reading("file", "dr", "who")).records
+        assert {(r.path, r.grade, r.patient) for r in records} == {
+            ("a.png", 1, "ann"),
+            ("b.png", 2, "b"),
+        }
+
+
+def test_csv_rows_of_links_out_of_the_folder_are_refused(tmp_path):
+    touch(tmp_path / "secret", "s.png")
+    (tmp_path / "data").mkdir()
+    os.symlink(tmp_path / "secret", tmp_path / "data" / "f")
+    csv_of(tmp_path / "data", "file,dr\na.png,0\nf/s.png,1\n", "a.png")
+    with pytest.raises(InputError, match=r"my\.csv, row 3: f/s\.png is a link out"):
+        open_data(tmp_path / "data", reading=Reading("file", "dr"))
+
+
+def test_a_csv_without_its_columns_named_is_refused(tmp_path):
+    csv_of(tmp_path, "file,dr\na.png,0\n", "a.png")
+    with pytest.raises(InputError, match=r"--path-column NAME \(of file, dr\)"):
+        open_data(tmp_path / "my.csv")
+    manifest = open_data(tmp_path)  # the folder: its table is told, and how to have it read
+    assert "1 tables are not read; prepare_data.py --path-column would: my.csv" in manifest.notes
+
+
+def test_what_has_no_use_is_refused(tmp_path):
+    eyepacs(tmp_path, 5)
+    for layout in ("auto", "eyepacs"):
+        with pytest.raises(InputError, match="read as eyepacs, which has no use for"):
+            open_data(tmp_path, layout, Reading(grades={"zzz": 1}))
+    with pytest.raises(InputError, match="no use for 'image'"):
+        open_data(tmp_path, "eyepacs", Reading("image"))
+
+
+@pytest.mark.parametrize("folder", ["resized_train/resized_train", "images", "."])
+def test_eyepacs_mirrors_need_no_folder_named_train(tmp_path, folder):
+    eyepacs(tmp_path, 10)
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for path in list((tmp_path / "train").iterdir()):
+        path.rename(tmp_path / folder / path.name)
+    touch(tmp_path, "test/900_left.jpeg")  # without a grade
+    manifest = open_data(tmp_path)
+    assert manifest.layout == "eyepacs" and len(manifest.records) == 20
+    assert any("photographs of test/ left out" in note for note in manifest.notes)
+
+
+def test_eyepacs_known_bad_photographs_are_kept_and_listed(tmp_path):
+    touch(tmp_path, "train/492_right.jpeg", "train/1_left.jpeg")
+    (tmp_path / "trainLabels.csv").write_text("image,level\n492_right,0\n1_left,0\n")
+    manifest = open_data(tmp_path)
+    assert len(manifest.records) == 2
+    what = "photographs are known to be black or unusable, and kept"
+    assert manifest.lists[what] == ["train/492_right.jpeg"]
+
+
+def test_the_uppermost_of_several_tables_is_read(tmp_path):
+    eyepacs(tmp_path, 5)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "trainLabels.csv").write_text("image,level\n0_left,4\n")
+    (tmp_path / "zz").mkdir()
+    (tmp_path / "zz" / "trainLabels.csv").write_text("image,level\n0_left,4\n")
+    assert by_path(open_data(tmp_path))["train/0_left.jpeg"].grade == 0
+
+
+@pytest.mark.parametrize("blank", ["\t", "  "])
+def test_ddr_lists_with_other_blanks_and_blanks_in_names(tmp_path, blank):
+    touch(tmp_path, "train/a b.jpg", "train/c.jpg")
+    (tmp_path / "train.txt").write_text(f"a b.jpg{blank}3\nc.jpg{blank}5\n")
+    (record,) = open_data(tmp_path).records
+    assert (record.path, record.grade) == ("train/a b.jpg", 3)
+
+
+def test_aptos_with_upper_case_folders(tmp_path):
+    (tmp_path / "train.csv").write_text("id_code,diagnosis\na,1\nb,2\n")
+    touch(tmp_path, "Train_images/a.png", "Train_images/b.png")
+    assert open_data(tmp_path).layout == "aptos"
+
+
+def test_tables_that_no_layout_takes_are_told(tmp_path):
+    (tmp_path / "labels.csv").write_text("image,level\na,1\nb,2\n")
+    touch(tmp_path, "images/a.png", "images/b.png")
+    notes = open_data(tmp_path).notes
+    assert "1 tables are not read; prepare_data.py --path-column would: labels.csv" in notes
+
+
+def test_class_folders_one_level_deeper_are_told(tmp_path):
+    touch(tmp_path, *(f"data/{grade}/{i}.png" for grade in range(5) for i in range(2)))
+    with pytest.raises(InputError, match=f"one level too high; give {tmp_path}/data"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("left, right", [("_OS", "_OD"), ("-left", "-right"), (" L", " R")])
+def test_eyes_have_many_names_and_stay_with_their_patient(tmp_path, left, right):
+    touch(tmp_path, *(f"p{i}{eye}.png" for i in range(20) for eye in (left, right)))
+    records = open_data(tmp_path).records
+    assert len({r.patient for r in records}) == 20
+    assert {r.eye for r in records if left in r.path} == {"left"}
+    assert_disjoint(records)
+
+
+def test_names_that_tell_no_patient_are_told(tmp_path):
+    touch(tmp_path, "0_left_1.png", "normal.png", "1_left.png", "1_right.png")
+    manifest = open_data(tmp_path)
+    (note,) = (note for note in manifest.notes if "tell no patient" in note)
+    assert note.startswith("2 photographs") and note.endswith("0_left_1.png, normal.png")
+
+
+def test_an_unfinished_preparation_is_no_data(tmp_path):
+    touch(tmp_path, "images/1_left.jpg")
+    (tmp_path / "prepare.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="preparation is unfinished"):
+        open_data(tmp_path)
+
+
+def test_files_of_other_kinds_are_counted(tmp_path):
+    touch(tmp_path, "a.png", "b.jfif", "c.gif", "d.gif", "README")
+    manifest = open_data(tmp_path)
+    assert len(manifest.records) == 2
+    assert "files that are not read: 2 .gif, 1 without suffix" in manifest.notes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there alone")
+def test_names_that_are_no_utf8_are_refused(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).touch()
+    with pytest.raises(InputError, match=r"udce9\.png' is no name in UTF-8"):
+        open_data(tmp_path)
+
+
+def test_messidor2_says_ungradable_in_several_ways_or_has_other_columns(tmp_path):
+    rows = ["image_id,adjudicated_dr_grade,adjudicated_gradable", "a.png,1,1.0", "b.png,2,0.0"]
+    (tmp_path / "messidor_data.csv").write_text("\n".join([*rows, "c.png,,1"]))
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    manifest = open_data(tmp_path)
+    assert [r.path for r in manifest.records] == ["a.png"]
+    assert "1 photographs left out, ungradable: b" in manifest.notes
+    assert "1 photographs left out, without a grade: c" in manifest.notes
+    (tmp_path / "messidor_data.csv").write_text("id_code,diagnosis\na,1\n")
+    assert any("tables are not read" in note for note in open_data(tmp_path).notes)

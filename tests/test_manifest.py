@@ -5,22 +5,13 @@ Run with `python -m pytest tests/test_manifest.py`.
 
 import os
 import re
-from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
-from helpers import assert_disjoint, splits_of, touch
+from helpers import touch
 
 from layouts import open_data
-from manifest import (
-    Manifest,
-    Record,
-    fold_splits,
-    picture_paths,
-    read_manifest,
-    split_patients,
-    write_manifest,
-)
+from manifest import Manifest, Record, picture_paths, read_manifest, stem_of, write_manifest
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------- manifest
@@ -171,108 +162,6 @@ def test_leaks_in_a_manifest_are_refused_with_five_examples(tmp_path):
     assert "manifest.csv" in str(caught.value) and "keep each in one" in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------ splits
-
-
-def patients_with(grades, split="train"):
-    """Two eyes for each patient; the worse one has the grade given."""
-    records = []
-    for patient, grade in enumerate(grades):
-        better = grade if grade is None else patient % (grade + 1)
-        for eye, value in (("left", better), ("right", grade)):
-            records.append(Record(f"{patient}_{eye}.jpg", value, f"{split}{patient}", eye, split))
-    return records
-
-
-GRADES = [0] * 700 + [1] * 71 + [2] * 143 + [3] * 21 + [4] * 30 + [None] * 40
-
-
-def test_split_patients_is_disjoint_and_stratified_by_the_worse_eye():
-    records = split_patients(patients_with(GRADES))
-    assert [record.path for record in records] == [r.path for r in patients_with(GRADES)]
-    assert_disjoint(records)
-    worse = defaultdict(list)
-    for record in records[1::2]:  # the right eyes
-        worse[record.grade].append(record.split)
-    for grade, splits in worse.items():
-        counts, total = Counter(splits), GRADES.count(grade)
-        assert abs(counts["test"] - 0.2 * total) <= 1
-        assert abs(counts["val"] - 0.08 * total) <= 1
-    patients = {name: len(p) for name, p in splits_of(records).items()}
-    assert patients == {"test": 201, "val": 80, "train": 724}
-
-
-def test_split_patients_depends_on_the_patients_alone():
-    records = patients_with(GRADES)
-    one = {r.path: r.split for r in split_patients(records)}
-    assert {r.path: r.split for r in split_patients(records[::-1])} == one
-    assert {r.path: r.split for r in split_patients(records, seed=1)} != one
-    fewer = {r.path: r.split for r in split_patients(records[:-2])}
-    assert sum(one[path] != split for path, split in fewer.items()) < 0.1 * len(fewer)
-
-
-def test_split_patients_keeps_what_is_given():
-    given = patients_with(GRADES[:100]) + patients_with([1] * 30, "test")
-    records = split_patients(given)
-    assert splits_of(records)["test"] == {f"test{i}" for i in range(30)}
-    assert len(splits_of(records)["val"]) == 10
-    complete = split_patients(records)
-    assert complete == records  # nothing is left to do
-    only_test = patients_with([0, 1, 2], "test")
-    assert split_patients(only_test) == only_test
-
-
-def test_split_patients_makes_val_the_test_where_there_is_none():
-    records = split_patients(patients_with(GRADES[:100]) + patients_with([1] * 30, "val"))
-    assert splits_of(records)["test"] == {f"val{i}" for i in range(30)}
-    assert len(splits_of(records)["val"]) == 10
-    assert_disjoint(records)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_split_patients_of_few_patients_always_leaves_some_to_train(count):
-    records = split_patients(patients_with([2] * count))
-    assert splits_of(records)["train"]
-    assert bool(splits_of(records)["test"]) == (count > 1)
-
-
-def test_split_patients_refuses_leaks():
-    records = patients_with([0, 1]) + [Record("x.jpg", 0, "train1", "", "test")]
-    with pytest.raises(InputError, match=r"train1 \(test, train\)"):
-        split_patients(records)
-
-
-def test_linked_photographs_stay_in_one_split():
-    """Copies under two patients' names: their patients are never parted, whatever the cut."""
-    records = [Record(f"{i}.jpg", i % 5, f"p{i}", "", "train") for i in range(200)]
-    linked = [(f"{i}.jpg", f"{i + 100}.jpg") for i in range(0, 100, 2)] + [("0.jpg", "1.jpg")]
-    for made in (split_patients(records, linked=linked), *fold_splits(records, 4, linked=linked)):
-        where = {record.path: record.split for record in made}
-        assert all(where[one] == where[other] for one, other in linked)
-        assert {"train", "val", "test"} == set(where.values())
-    parted = {r.path: r.split for r in split_patients(records)}
-    assert any(parted[one] != parted[other] for one, other in linked)
-
-
-def test_folds_test_every_patient_once_and_are_stratified():
-    records = [
-        Record(f"{i}_{eye}.jpg", i % 5 if eye == "left" else 0, f"p{i}", eye, split)
-        for i, split in enumerate(["train", "val", "test"] * 50)
-        for eye in ("left", "right")
-    ]
-    folds = fold_splits(records, 5)
-    tested = [{r.patient for r in fold if r.split == "test"} for fold in folds]
-    assert sum(map(len, tested)) == len(set.union(*tested)) == 150
-    for fold in folds:
-        assert_disjoint(fold)
-        worse = Counter(r.grade for r in fold if r.split == "test" and r.eye == "left")
-        assert all(count == 6 for count in worse.values()) and len(worse) == 5
-        assert {r.split for r in fold} == {"train", "val", "test"}
-    for wrong in (1, 151):
-        with pytest.raises(InputError, match=f"--folds {wrong}"):
-            fold_splits(records, wrong)
-
-
 def test_all_of_50_planted_leaks_are_counted(tmp_path):
     records = [Record(f"{i}.jpg", i % 5, f"p{i}", "left", "train") for i in range(300)]
     records += [Record(f"t{i}.jpg", i % 5, f"q{i}", "left", "test") for i in range(50)]
@@ -305,3 +194,65 @@ def test_pictures_never_share_a_file():
     assert pictures["train/0/1.png"] == "images/train/0/1.jpg"
     assert pictures["test/0/1.png"] == "images/test/0/1.jpg"
     assert len({picture.casefold() for picture in pictures.values()}) == len(paths)
+
+
+def test_pictures_whose_names_meet_in_other_ways_share_no_file(tmp_path):
+    paths = ["1.jpg", "1.png", "sub/1.jpg.jpeg", "sub/1.png", "2.jpg", "sub/2.jpg.png"]
+    pictures = picture_paths([Record(path, 0, path, "", "train") for path in paths])
+    assert len({picture.casefold() for picture in pictures.values()}) == len(paths)
+
+
+def test_stem_of():
+    names = {
+        "a/b/10_LEFT.jpeg": "10_left",
+        "C:\\x\\10_left.PNG": "10_left",
+        "IM004832": "im004832",
+        "20051020_43808_0100_PP.png": "20051020_43808_0100_pp",
+        "scan.v2": "scan.v2",  # no suffix of a photograph
+        "x.jpg.jpeg": "x.jpg",
+    }
+    assert {name: stem_of(name) for name in names} == names
+
+
+def test_a_stray_quote_names_its_row(tmp_path):
+    make_manifest(tmp_path)
+    lines = (tmp_path / "manifest.csv").read_text().splitlines()
+    more = [f"images/{i}.jpg,0,{i},,train,,,," for i in range(50)]
+    more[7] = '"' + more[7]
+    (tmp_path / "manifest.csv").write_text("\n".join([lines[0], *more]))
+    with pytest.raises(InputError, match=r"manifest\.csv, row 9: .*quote"):
+        read_manifest(tmp_path)
+
+
+def test_a_column_named_twice_is_refused(tmp_path):
+    (tmp_path / "manifest.csv").write_text("path,grade,grade,patient,eye,split\na,1,2,p,,train\n")
+    with pytest.raises(InputError, match="two of column grade"):
+        read_manifest(tmp_path)
+
+
+def test_a_linked_folder_is_refused_whatever_its_first_file_is(tmp_path):
+    data, secret = tmp_path / "data", tmp_path / "secret"
+    touch(data, "a.png")
+    touch(secret, "s.png")
+    os.symlink(data / "a.png", secret / "back.png")  # a way back in
+    os.symlink(secret, data / "f")
+    for names in (["f/back.png", "f/s.png"], ["f/s.png"]):
+        write_manifest(data, [Record(name, 0, name, "", "train") for name in names])
+        with pytest.raises(InputError, match=r"row 2: f/.* is a link out"):
+            read_manifest(data)
+
+
+def test_missing_files_of_a_large_manifest_are_named(tmp_path):
+    records = [Record(f"{i % 3}/{i}.jpg", 0, f"p{i}", "", "train") for i in range(1000)]
+    touch(tmp_path, *(r.path for r in records if r.path != "1/901.jpg"))
+    write_manifest(tmp_path, records)
+    with pytest.raises(InputError, match=r"row 903: 1 of 1000 files are not there: 1/901\.jpg"):
+        read_manifest(tmp_path)
+
+
+def test_long_names_are_shortened_in_messages(tmp_path):
+    records = [Record("x" * 300 + ".jpg", 0, "p", "", "train")]
+    write_manifest(tmp_path, records)
+    with pytest.raises(InputError) as caught:
+        read_manifest(tmp_path)
+    assert "x" * 77 + "..." in str(caught.value) and "x" * 78 not in str(caught.value)

@@ -108,13 +108,21 @@ def test_report_counts_what_there_is(source, tmp_path):
         assert line["by_grade"] == [sum(r.grade == g for r in records) for g in range(5)]
     train, test = (report["splits"][split]["by_grade"] for split in ("train", "test"))
     assert report["splits"]["test"]["majority"] == round(test[np.argmax(train)] / sum(test), 4)
-    assert report["doubtful_crops"] == ["images/7_left.jpg"]
+    doubts = texts(report)
+    assert doubts["doubtful_crops"] == ["images/7_left.jpg"]
     pair = "images/4_left.jpg = images/59_right.jpg (1.00)"
-    assert report["copies"] == [pair] and report["copies_with_other_grades"] == []
-    assert report["copies_of_other_patients"] == [f"{pair}: 4, 59"]
-    assert report["copies_in_other_splits"] == []  # they are kept together
-    assert report["blank"] == ["images/7_left.jpg"] and report["near_black"] == []
-    assert report["left_out"] == [] and report["layout"] == "eyepacs"
+    assert doubts["copies"] == [pair] and doubts["copies_with_other_grades"] == []
+    assert doubts["copies_of_other_patients"] == [f"{pair}: 4, 59"]
+    assert doubts["copies_in_other_splits"] == []  # they are kept together
+    assert doubts["blank"] == ["images/7_left.jpg"] and doubts["near_black"] == []
+    assert doubts["unreadable"] == [] and report["layout"] == "eyepacs"
+    pictures = report["doubts"]["copies"][0]["pictures"]
+    assert pictures == ["images/4_left.jpg", "images/59_right.jpg"]
+
+
+def texts(report):
+    """The lines of each list of doubts."""
+    return {name: [e["text"] for e in entries] for name, entries in report["doubts"].items()}
 
 
 def copy_of(path, target, kind):
@@ -136,20 +144,21 @@ def test_all_copies_under_other_patients_names_are_found_and_nothing_else(tmp_pa
     source, planted = tmp_path / "source", set()
     for number in range(100):
         eye = DrawnEye(f"p{number}", "left", number % 5, (77, number, 0))
-        path = source / f"p{number}.jpg"
+        path = source / f"p{number}_left.jpg"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(draw_photograph(eye, 256)[0]).save(path, quality=92)
     for number in range(50):
         kind = ("copied", "compressed", "resized", "brighter")[number % 4]
-        copy_of(source / f"p{number}.jpg", source / f"q{number}.jpg", kind)
-        planted.add((f"images/p{number}.jpg", f"images/q{number}.jpg"))
+        copy_of(source / f"p{number}_left.jpg", source / f"q{number}_left.jpg", kind)
+        planted.add((f"images/p{number}_left.jpg", f"images/q{number}_left.jpg"))
+    draw(source / "p0_right.jpg", 1000)  # else each photograph is its own patient
     manifest = prepare(source, tmp_path / "out", size=256)
-    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
-    assert {tuple(line.split(" ")[0:3:2]) for line in report["copies"]} == planted
-    assert len(report["copies_of_other_patients"]) == 50
-    assert report["copies_in_other_splits"] == []
+    doubts = json.loads((tmp_path / "out" / "data_report.json").read_text())["doubts"]
+    assert {tuple(entry["pictures"]) for entry in doubts["copies"]} == planted
+    assert len(doubts["copies_of_other_patients"]) == 50
+    assert doubts["copies_in_other_splits"] == []
     split = {Path(r.path).stem: r.split for r in manifest.records}
-    assert all(split[f"p{n}"] == split[f"q{n}"] for n in range(50))
+    assert all(split[f"p{n}_left"] == split[f"q{n}_left"] for n in range(50))
 
 
 def test_copies_in_published_splits_and_with_other_grades_are_told(tmp_path):
@@ -157,11 +166,12 @@ def test_copies_in_published_splits_and_with_other_grades_are_told(tmp_path):
     for split, grade, seed in (("train", 0, 1), ("train", 1, 2), ("test", 0, 3), ("test", 3, 1)):
         draw(source / split / str(grade) / f"{split}{grade}.jpg", seed)
     prepare(source, tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    doubts = texts(json.loads((tmp_path / "out" / "data_report.json").read_text()))
     pair = "images/test3.jpg = images/train0.jpg (1.00)"
-    (told,) = report["copies_in_other_splits"]
+    (told,) = doubts["copies_in_other_splits"]
     assert told.startswith(f"{pair}: test, ") and told.endswith(("train", "val"))
-    assert report["copies_with_other_grades"] == [f"{pair}: 3, 0"]
+    assert doubts["copies_with_other_grades"] == [f"{pair}: 3, 0"]
+    assert doubts["copies_of_other_patients"] == []  # nobody's names are known here
 
 
 @pytest.mark.parametrize("options", [{"graham": True}, {"keep_aspect": True}, {}], ids=str)
@@ -175,7 +185,7 @@ def test_png_holds_what_was_computed(drawn, tmp_path, options):
     expected = read_photograph(drawn / record.source, SIZE, keep_aspect=aspect).picture
     expected = subtract_local_mean(expected) if options.get("graham") else expected
     assert np.array_equal(got, expected)
-    with pytest.raises(InputError, match="made with --image-format png"):
+    with pytest.raises(InputError, match="image-format = png, not jpeg"):
         prepare(drawn, tmp_path / "out", **options)
 
 
@@ -200,8 +210,8 @@ def test_one_bad_photograph_costs_only_itself(drawn, tmp_path):
     manifest = prepare(source, tmp_path / "out")
     assert len(manifest.records) == 239
     assert "copy0/5_left.jpeg" not in {record.source for record in manifest.records}
-    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
-    assert report["left_out"] == ["copy0/5_left.jpeg is a web page, not a photograph"]
+    doubts = texts(json.loads((tmp_path / "out" / "data_report.json").read_text()))
+    assert doubts["unreadable"] == ["copy0/5_left.jpeg is a web page, not a photograph"]
 
 
 def test_many_bad_photographs_are_an_error_after_all_good_ones(source, tmp_path):
@@ -211,8 +221,8 @@ def test_many_bad_photographs_are_an_error_after_all_good_ones(source, tmp_path)
     with pytest.raises(InputError, match=r"2 of 120 photographs cannot be used"):
         prepare(source, tmp_path / "out")
     assert len(read_manifest(tmp_path / "out").records) == 118
-    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
-    assert [line.split()[0] for line in report["left_out"]] == [
+    doubts = texts(json.loads((tmp_path / "out" / "data_report.json").read_text()))
+    assert [line.split()[0] for line in doubts["unreadable"]] == [
         "train/1_left.jpeg",
         "train/2_left.jpeg",
     ]
@@ -286,13 +296,13 @@ def test_stopping_leaves_a_state_from_which_the_next_run_goes_on(source, tmp_pat
 
 def test_another_size_or_a_foreign_folder_is_refused(source, tmp_path):
     prepare(source, tmp_path / "out")
-    with pytest.raises(InputError, match=f"--size {SIZE}; give a new folder"):
+    with pytest.raises(InputError, match=f"size = {SIZE}, not 32; give a new folder"):
         prepare(source, tmp_path / "out", size=32)
     (tmp_path / "foreign" / "images").mkdir(parents=True)
     with pytest.raises(InputError, match="holds other data"):
         prepare(source, tmp_path / "foreign")
     for inside in (source, source / "train" / "out"):
-        with pytest.raises(InputError, match="lies in --source"):
+        with pytest.raises(InputError, match="lie in each other"):
             prepare(source, inside)
     with pytest.raises(InputError, match="--size 8"):
         PrepareOptions("a", "b", size=8)
@@ -305,7 +315,7 @@ def test_another_size_or_a_foreign_folder_is_refused(source, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_an_input_error(source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is no folder but a file"):
+    with pytest.raises(InputError, match="cannot be written.*Not a directory"):
         prepare(source, tmp_path / "file" / "out")
 
 
@@ -330,6 +340,8 @@ def tasks_of(source, out, count=6):
 def test_processes_side_by_side_give_the_same_pictures(drawn, tmp_path):
     one = {f["path"]: f for f in prepare_photographs(tasks_of(drawn, tmp_path / "1"), 1)}
     two = {f["path"]: f for f in prepare_photographs(tasks_of(drawn, tmp_path / "2"), 2)}
+    for facts in (*one.values(), *two.values()):
+        assert facts.pop("target_ns") > 0
     assert one == two and len(one) == 6
     assert all(len(facts["sha256"]) == 64 for facts in one.values())
 
@@ -381,3 +393,140 @@ def test_preparing_imports_no_torch():
     code = "import prepare_data, sys; assert not {'torch', 'timm', 'torchvision'} & {*sys.modules}"
     folder = Path(prepare_data.__file__).parent
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+
+
+# ------------------------------------------------------------- folders that are not one's own
+
+
+def report_of(out):
+    return json.loads((out / "data_report.json").read_text())
+
+
+def test_another_data_set_never_takes_a_prepared_folder(source, tmp_path):
+    out = tmp_path / "out"
+    before = prepare(source, out).records
+    for number in range(3):
+        draw(tmp_path / "other" / f"{number}_left.jpg", 500 + number)
+    with pytest.raises(InputError, match="of 120 photographs prepared in it, 0 are those"):
+        prepare(tmp_path / "other", out)
+    for inside in (out, out / "images"):
+        with pytest.raises(InputError, match="is prepared already|lie in each other"):
+            prepare(inside, out)
+    with pytest.raises(InputError, match="is prepared already"):
+        prepare(out, tmp_path / "again")
+    assert read_manifest(out).records == before
+    assert prepare(source, out).records == before  # its own data set goes on
+    for path in list((source / "train").glob("1*_left.jpeg")):  # with some taken away
+        path.unlink()
+    assert len(prepare(source, out).records) == 109
+
+
+def test_a_folder_that_another_process_prepares_is_refused(source, tmp_path):
+    out = tmp_path / "out"
+    with prepare_data.locked(out), pytest.raises(InputError, match="another process"):
+        prepare(source, out)
+    prepare(source, out)
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x80", b"5\n[]\n", b'{"path'])
+def test_a_damaged_journal_costs_only_what_it_lost(source, tmp_path, damage):
+    out = tmp_path / "out"
+    records = prepare(source, out).records
+    journal = out / "prepare.jsonl"
+    first, *others = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(first + damage + b"\n" + b"".join(others[:100]))
+    assert prepare(source, out).records == records
+
+
+def test_a_damaged_picture_is_prepared_again(source, tmp_path):
+    shutil.copy(source / "train/4_left.jpeg", source / "train/59_right.jpeg")  # in a pair of copies
+    out = tmp_path / "out"
+    prepare(source, out)
+    victim = out / "images/4_left.jpg"
+    data = victim.read_bytes()
+    victim.write_bytes(bytes(len(data)))
+    prepare(source, out)
+    assert victim.read_bytes() == data
+
+
+def test_too_many_folds_are_refused_before_any_work(source, tmp_path):
+    with pytest.raises(InputError, match="--folds 61: expected 2 to 60"):
+        prepare(source, tmp_path / "out", folds=61)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folds_of_an_earlier_run_do_not_stay(source, tmp_path):
+    out = tmp_path / "out"
+    for folds, count in ((5, 5), (3, 3), (0, 0)):
+        prepare(source, out, folds=folds)
+        assert len(list(out.glob("manifest-fold-*.csv"))) == count
+
+
+@pytest.mark.parametrize("graham", [False, True])
+def test_copies_stay_in_one_fold_also_where_pictures_are_grahams(tmp_path, graham):
+    source = tmp_path / "source"
+    for number in range(12):
+        eye = DrawnEye(f"p{number}", "left", number % 5, (78, number, 0))
+        source.mkdir(exist_ok=True)
+        path = source / f"a{number}.jpg"
+        Image.fromarray(draw_photograph(eye, 256)[0]).save(path, quality=92)
+        copy_of(path, source / f"b{number}.jpg", "compressed")
+    prepare(source, tmp_path / "out", size=128, folds=4, graham=graham)
+    assert len(report_of(tmp_path / "out")["doubts"]["copies"]) == 12
+    for fold in range(1, 5):
+        manifest = read_manifest(tmp_path / "out", f"manifest-fold-{fold}.csv")
+        split = {r.source: r.split for r in manifest.records}
+        assert all(split[f"a{n}.jpg"] == split[f"b{n}.jpg"] for n in range(12))
+
+
+def test_what_is_missing_is_told_before_preparing_and_listed_whole(source, tmp_path, caplog):
+    caplog.set_level("INFO", logger="ssrl")
+    gone = [source / f"train/{n}_left.jpeg" for n in range(10)]
+    for path in gone:
+        path.unlink()
+    draw(source / "train/492_right.jpeg", 7)
+    with (source / "trainLabels.csv").open("a") as labels:
+        labels.write("\n492_right,0")
+    prepare(source, tmp_path / "out")
+    text = caplog.text
+    assert text.index("10 rows of trainLabels.csv without photograph") < text.index("0 of them")
+    doubts = report_of(tmp_path / "out")["doubts"]
+    lost = [entry["text"] for entry in doubts["rows of trainLabels.csv without photograph"]]
+    assert sorted(lost) == sorted(path.stem for path in gone)
+    (known,) = doubts["photographs are known to be black or unusable, and kept"]
+    assert known["pictures"] == ["images/492_right.jpg"]
+
+
+def test_cut_off_photographs_that_are_taken_are_listed(source, tmp_path):
+    path = source / "train/1_left.jpeg"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    prepare(source, tmp_path / "out", allow_truncated=True)
+    doubts = texts(report_of(tmp_path / "out"))
+    assert doubts["truncated"] == ["images/1_left.jpg"] and doubts["unreadable"] == []
+
+
+def test_one_in_a_hundred_is_too_many(drawn, tmp_path):
+    source = tmp_path / "source"
+    for copy in range(2):
+        shutil.copytree(drawn / "train", source / f"copy{copy}")
+    for number, path in enumerate(sorted(source.rglob("*.jpeg"))):
+        if number >= 200:
+            path.unlink()
+    bad = [source / "copy0/5_left.jpeg", source / "copy0/6_left.jpeg"]
+    bad[0].write_bytes(b"")
+    assert len(prepare(source, tmp_path / "out").records) == 199
+    bad[1].write_bytes(b"")
+    with pytest.raises(InputError, match="2 of 200 photographs cannot be used"):
+        prepare(source, tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_no_traceback_whenever_it_comes(drawn, tmp_path, monkeypatch, number, handlers):
+    def interrupted(*_):
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(prepare_data.splits, "find_copies", interrupted)
+    with pytest.raises(Stopped, match="same command"):
+        prepare(drawn, tmp_path / "out")

@@ -14,16 +14,25 @@ import base64
 import html
 import io
 import json
-import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
 THUMBNAIL = 128  # pixels
 SHOWN = 60  # entries of a list that get thumbnails; all are counted
-KNOWN = ("layout", "size", "notes", "splits")  # the rest are lists of what is doubtful
+ABOUT = {  # what each list means, and what to do about it
+    "doubtful_crops": "no fundus was found, so the whole image stays: look whether it is gradable",
+    "near_black": "hardly brighter than 22 of 255: kept; drop its row if it is not gradable",
+    "blank": "without contrast in its middle: kept; drop its row if it is not gradable",
+    "truncated": "cut off, taken because of --allow-truncated: grey where its end is missing",
+    "copies": "one picture twice (likeness; 1: the same file): kept, in one split where we split",
+    "copies_of_other_patients": "one picture under two patients: one of the names is wrong",
+    "copies_in_other_splits": "a published split leaks: leave one of the two out",
+    "copies_with_other_grades": "one picture with two grades: one of them is wrong",
+    "unreadable": "left out: copy or download them again and repeat the command",
+}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}
 table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #d8dde4}
 td,th{text-align:right}td:first-child,th:first-child{text-align:left}h2{margin-top:2rem}
@@ -57,29 +66,30 @@ def table_of_splits(splits: dict[str, dict[str, Any]]) -> str:
     return "<table>" + "".join(rows) + "</table>"
 
 
-def section(folder: Path, name: str, lines: list[str]) -> str:
-    """Return a list's heading and its entries, with the pictures that each names."""
-    parts = [f"<h2>{html.escape(name.replace('_', ' '))}: {len(lines)}</h2>"]
-    for line in lines[:SHOWN]:
-        paths = re.findall(r"images/.*?\.(?:jpg|png)(?= |$)", line)
-        pictures = "".join(thumbnail(folder / path) for path in paths)
-        caption = f"<figcaption>{html.escape(line)}</figcaption>"
+def section(folder: Path, name: str, entries: list[dict[str, Any]]) -> str:
+    """Return a list's heading, what it means, and its entries with the pictures of each."""
+    parts = [f"<h2>{html.escape(name.replace('_', ' '))}: {len(entries)}</h2>"]
+    parts.append(f"<p>{ABOUT[name]}</p>" if name in ABOUT else "")
+    for entry in entries[:SHOWN]:
+        pictures = "".join(thumbnail(folder / path) for path in entry["pictures"])
+        caption = f"<figcaption>{html.escape(entry['text'])}</figcaption>"
         parts.append(f"<figure>{pictures}{caption}</figure>")
-    if len(lines) > SHOWN:
-        parts.append(f"<p>and {len(lines) - SHOWN} more, in data_report.json</p>")
+    if len(entries) > SHOWN:
+        parts.append(f"<p>and {len(entries) - SHOWN} more, in data_report.json</p>")
     return "\n".join(parts)
 
 
 def page(folder: Path, report: dict[str, Any]) -> str:
     """Return the whole page for a prepared folder and its report."""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in report["notes"])
-    doubts = {name: lines for name, lines in report.items() if name not in KNOWN}
-    clear = [name.replace("_", " ") for name, lines in doubts.items() if not lines]
+    doubts = report["doubts"]
+    clear = [name.replace("_", " ") for name, entries in doubts.items() if not entries]
     title = html.escape(f"{folder.resolve().name}: {report['layout']}, {report['size']} px")
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
         f"<style>{STYLE}</style><h1>{title}</h1><ul>{notes}</ul>{table_of_splits(report['splits'])}",
-        *(section(folder, name, lines) for name, lines in doubts.items() if lines),
+        "<p>Majority line: the accuracy of always answering train's most frequent grade.</p>",
+        *(section(folder, name, entries) for name, entries in doubts.items() if entries),
         f"<p>None: {html.escape(', '.join(clear))}.</p>" if clear else "",
     ]
     return "\n".join(parts) + "\n"
@@ -94,11 +104,20 @@ def main() -> None:
     try:
         report = json.loads((o.data / "data_report.json").read_text("utf-8"))
         text = page(o.data, report)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"{o.data}: no report of prepare_data.py there ({type(error).__name__}: {error})")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(f"{o.data}: no report of prepare_data.py there ({type(error).__name__}: {error})")
     out = o.out or o.data / "data_report.html"
-    out.write_text(text, encoding="utf-8")
-    print(f"{out}: {len(text) / 1e6:.1f} MB")
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        refuse(f"--out {out}: cannot be written ({error.strerror})")
+    print(f"{out}: {len(text) / 1e3:.0f} kB")
+
+
+def refuse(message: str) -> NoReturn:
+    """End with the exit code of user and data errors."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
