@@ -412,7 +412,7 @@ def build_run(
         cuda = processes.device.type == "cuda"
         if o.use_bn_in_head and cuda:  # batch norm over all processes; gloo has no kernel for it
             student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
-        wrapped = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+        wrapped = runs.distribute(student)
     dtype = runs.autocast_dtype(o.precision, processes.device)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype is torch.float16)
     center = torch.zeros(o.out_dim, device=processes.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import synthetic
 from layouts import open_data
-from manifest import Manifest, Record, read_manifest, some, split_patients, write_manifest
+from manifest import Manifest, Record, read_manifest, write_manifest
 from photographs import (
     PhotographError,
     crop_square,
@@ -36,9 +35,11 @@ from photographs import (
     pad_square,
 )
 from runs import Processes
+from splits import same_files, split_patients
 from utils import InputError, log, sha256_of, write_json
 
 GRADES = 5  # ICDR's 0-4
+COUNTED = 50  # batches between counts of unreadable photographs over all processes
 RAW_SIZE = 512  # side to which photographs that nobody prepared are brought as they are read
 SYNTHETIC_SIZE = 256  # side of the drawn ones
 SYNTHETIC_COUNT = 1000
@@ -74,26 +75,6 @@ def open_manifest(data: str) -> Manifest:
     for note in manifest.notes:
         log.info("data: %s", note)
     return manifest
-
-
-def same_files(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return pairs of photographs that are one file, where no patients are known to tell copies.
-
-    Only files of one size are read. Copies that were compressed or resized take prepare_data.py.
-    """
-    if manifest.prepared or len({r.patient for r in manifest.records}) < len(manifest.records):
-        return []
-    by_size, first = defaultdict(list), {}
-    for record in manifest.records:
-        by_size[os.path.getsize(manifest.root / record.path)].append(record.path)
-    paths = [path for same in by_size.values() if len(same) > 1 for path in same]
-    digests = {path: sha256_of(manifest.root / path) for path in paths}
-    pairs = [(first.setdefault(digest, path), path) for path, digest in digests.items()]
-    pairs = [pair for pair in pairs if pair[0] != pair[1]]
-    if pairs:
-        told = f"{len(pairs)} photographs are copies: {some([' = '.join(p) for p in pairs])}"
-        log.warning("data: %s; prepare_data.py finds changed copies too", told)
-    return pairs
 
 
 def synthetic_manifest(count: int) -> Manifest:
@@ -242,7 +223,8 @@ class StepSampler(Sampler[list[Key]]):
         seed: int = 0,
     ) -> None:
         self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
-        self.rank, self.world = (processes.rank, processes.world) if processes else (0, 1)
+        self.processes = processes or Processes(torch.device("cpu"))
+        self.rank, self.world = self.processes.rank, self.processes.world
         self.seed = seed
         self.global_batch = batch_size * accumulate * self.world
         self.steps_per_epoch = images // self.global_batch
@@ -287,25 +269,33 @@ def training_loader(
         worker_init_fn=_own_group,
         generator=torch.Generator(),  # else it draws from the one that drop path draws from
     )
-    return _count_bad(_unwrap_errors(loader), dataset)
+    return _count_bad(_unwrap_errors(loader), dataset, sampler)
 
 
 def _count_bad(
-    batches: Iterator[dict[str, Tensor]], dataset: PhotographDataset
+    batches: Iterator[dict[str, Tensor]], dataset: PhotographDataset, sampler: StepSampler
 ) -> Iterator[dict[str, Tensor]]:
-    seen: set[int] = set()
-    for batch in batches:
-        for index in set(batch["bad"].tolist()) - seen - {-1}:
-            seen.add(index)
+    """Name each photograph that any process could not read; all processes stop at one batch.
+
+    They exchange what they saw every COUNTED batches and at the end of epochs.
+    """
+    here: set[int] = set()
+    told: set[int] = set()
+    each = sampler.steps_per_epoch * sampler.accumulate
+    for number, batch in enumerate(batches, 1 + sampler.start * sampler.accumulate):
+        here |= set(batch["bad"].tolist()) - {-1}
+        due = sampler.world == 1 or number % COUNTED == 0 or number % each == 0
+        for index in sorted(sampler.processes.union(here) - told) if due else ():
+            told.add(index)
             try:
                 dataset.read(index)
                 reason = f"{dataset.records[index].path}: could not be read for a moment"
             except InputError as error:
                 reason = str(error)
-            if len(seen) > dataset.max_bad * len(dataset):
-                share = f"{len(seen)} of {len(dataset)} photographs, over --max-bad"
+            if len(told) > dataset.max_bad * len(dataset):
+                share = f"{len(told)} of {len(dataset)} photographs, over --max-bad"
                 raise InputError(f"{share} {dataset.max_bad}, cannot be read; the last is {reason}")
-            log.warning("%s. Another one takes its place; %d so far", reason, len(seen))
+            log.warning("%s. Another one takes its place; %d so far", reason, len(told))
         yield batch
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import inspect
 import os
 import pickle
 import platform
@@ -55,6 +56,14 @@ class Processes:
             if span[0] != -span[1]:
                 raise InputError(f"the processes do not see the same {what}; share the folder")
 
+    def union(self, values: set[int]) -> set[int]:
+        """Return what any process has in its set."""
+        if self.world == 1:
+            return values
+        sets: list[Any] = [None] * self.world
+        dist.all_gather_object(sets, values)
+        return set().union(*sets)
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """Run the body in the main process, then in the others."""
@@ -87,6 +96,13 @@ def process_group(device: str) -> Iterator[Processes]:
         yield Processes(chosen, rank, world)
     finally:
         dist.destroy_process_group()
+
+
+def distribute(module: torch.nn.Module) -> torch.nn.parallel.DistributedDataParallel:
+    """Wrap a module so that its gradients are averaged over processes; buffers are left alone."""
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    new, old = "forward_sync_buffers", "broadcast_buffers"  # from torch 2.15 on, and before
+    return wrapper(module, **{new if new in inspect.signature(wrapper).parameters else old: False})
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -99,7 +99,7 @@ def parse(
         options = tyro.cli(options_class, args=flags + arguments, description=about)
     except SystemExit as end:
         if flags and end.code:
-            print(f"These options were taken from {path} first: {flags}", file=sys.stderr)
+            print(f"Options that are not in the command come from {path}", file=sys.stderr)
         raise
     named = {word.partition("=")[0].replace("_", "-") for word in arguments}
     for field in dataclasses.fields(options):
@@ -309,8 +309,10 @@ class Progress:
             self.bar.set_postfix_str(text + self.knn)
         if self.bar.disable and ("rankme" in record or began - self.said > 30):
             self.said = began
-            left = (self.total - self.step) * self.batch / self.latest.get("images_per_s", 1e9)
-            log.info("step %d/%d: %s, %.0f s left", self.step, self.total, text, left)
+            speed = self.latest.get("images_per_s", 0.0)
+            left = (self.total - self.step) * self.batch / speed if speed else 0.0
+            text += f", {left:.0f} s left" * bool(left)
+            log.info("step %d/%d: %s", self.step, self.total, text)
 
     def close(self) -> None:
         """End the bar and the event file."""

@@ -270,7 +270,7 @@ def _read_timm(source: str) -> Weights:
     except Exception as error:  # a download fails in many ways, none of them ours
         raise InputError(
             f"{source}: could not be downloaded ({type(error).__name__}: {error}). Without "
-            "network, copy the weights' file here and name it instead"
+            "network, copy the weights' file here and name it instead; none is from scratch"
         ) from None
     state, config = model.state_dict(), model.pretrained_cfg
     spec = replace(infer_spec(state, Path(name)), mean=config["mean"], std=config["std"])

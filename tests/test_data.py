@@ -184,6 +184,56 @@ def test_an_unreadable_photograph_is_replaced_and_named_once(prepared, tmp_path,
         batches_of(dataset, workers, stop=10)
 
 
+def test_substitutes_depend_on_seed_epoch_and_photograph(prepared):
+    dataset = train_set(prepared)
+    other = PhotographDataset(dataset.manifest, dataset.records, CROPS, seed=1)
+    fewer = PhotographDataset(dataset.manifest, dataset.records[:30], CROPS)
+    keys = [(dataset, 0, 3), (dataset, 1, 3), (dataset, 0, 4), (other, 0, 3), (fewer, 0, 3)]
+    chosen = [tuple(d._candidates(epoch, index)) for d, epoch, index in keys]
+    assert len({c[1:] for c in chosen}) == 5 and all(len(c) == 10 for c in chosen)
+    assert [c[0] for c in chosen] == [3, 3, 4, 3, 3] and max(chosen[4]) < 30
+    assert tuple(dataset._candidates(0, 3)) == chosen[0]
+
+
+def bad_worker(rank: int, folder: str, max_bad: float) -> None:
+    """One process of two reads its half of two epochs; writes what it logged and how it ended."""
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    dataset = train_set(Path(folder, "data"))
+    dataset.max_bad = max_bad
+    sampler = StepSampler(40, 4, processes=Processes(CPU, rank, 2))
+    sampler.set_range(0, 10)
+    said = []
+    data.log.warning = lambda text, *values: said.append(text % values)
+    try:
+        said.append(f"{len(list(training_loader(dataset, sampler, 0, CPU)))} batches")
+    except InputError as error:
+        said.append(str(error))
+    Path(folder, f"said{rank}").write_text("\n".join(said))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("max_bad", [0.1, 0.05])
+def test_unreadable_photographs_are_counted_over_all_processes(prepared, tmp_path, max_bad):
+    folder = tmp_path / "data"
+    shutil.copytree(prepared, folder)
+    records = train_set(folder).records
+    order = np.random.default_rng((0, 0)).permutation(40)
+    taken = order.reshape(5, 2, 4)  # at each step by two processes, 4 photographs each
+    victims = [int(i) for i in (taken[1, 0, 2], taken[0, 1, 0], taken[4, 1, 3])]  # 3 of 40
+    for index in victims:
+        (folder / records[index].path).write_bytes(b"")
+    torch.multiprocessing.spawn(bad_worker, (str(tmp_path), max_bad), nprocs=2)
+    said = [(tmp_path / f"said{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert said[0] == said[1]  # the main process logs what any of them found
+    if max_bad == 0.1:
+        assert len(said[0]) == 4 and said[0][-1] == "10 batches"
+        assert all(any(records[i].path in line for line in said[0]) for i in victims)
+    else:
+        assert "3 of 40 photographs, over --max-bad 0.05" in said[0][-1]
+
+
 def test_prepared_pictures_that_kept_their_sides_are_padded(prepared, tmp_path):
     folder = tmp_path / "oblong"
     shutil.copytree(prepared, folder)

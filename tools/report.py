@@ -61,6 +61,7 @@ def tabulate(runs: list[Path]) -> list[list[str]]:
             values = [cell(results["metrics"][metric]) for metric in METRICS]
             stale = weights[name] != weights.get(name.split("/")[0], weights[name])
             title = f"{run.name}/{name}" + " (other weights)" * stale
+            title += " (chosen on test)" * ("best epoch on the test" in results["protocol"])
             table.append([title, images, *values])
     return table
 
