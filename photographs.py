@@ -231,8 +231,8 @@ def _reason(error: Exception, data: bytes) -> str:
 def _fundus_box(image: np.ndarray) -> Box | None:
     """As find_fundus, None if in doubt."""
     factor = max(1, max(image.shape) // 256)
-    light = np.asarray(Image.fromarray(image).reduce(factor)).max(axis=2)
-    light = np.asarray(Image.fromarray(light).filter(ImageFilter.MedianFilter(3)))
+    red, green, blue = np.moveaxis(np.asarray(Image.fromarray(image).reduce(factor)), 2, 0)
+    light = _median(np.maximum(np.maximum(red, green), blue))
     h, w = (max(1, side // 16) for side in light.shape)
     corners = [light[:h, :w], light[:h, -w:], light[-h:, :w], light[-h:, -w:]]
     # The darkest two: a stamp, a label or a light leak may sit in the others.
@@ -251,6 +251,23 @@ def _fundus_box(image: np.ndarray) -> Box | None:
             end = min(right * factor, image.shape[1]), min(bottom * factor, image.shape[0])
             return Box(left * factor, top * factor, *end)
     return None
+
+
+def _median(light: np.ndarray) -> np.ndarray:
+    """The median of 3 x 3 pixels, (h, w) with edges repeated: Pillow's, at a tenth of its time.
+
+    Of three sorted triples it is the median of the largest low, the median middle, the least high.
+    """
+    rows = np.pad(light, 1, "edge")
+    triples = _sort(rows[:-2], rows[1:-1], rows[2:])
+    low, middle, high = (_sort(x[:, :-2], x[:, 1:-1], x[:, 2:]) for x in triples)
+    return _sort(low[2], middle[1], high[0])[1]
+
+
+def _sort(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Three arrays, sorted element by element."""
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    return np.minimum(low, c), np.maximum(low, np.minimum(high, c)), np.maximum(high, c)
 
 
 def _disc(mask: np.ndarray) -> Box:
@@ -274,7 +291,8 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
     best, left = np.zeros_like(mask), mask
     while left.sum() > best.sum():
         region, size = np.zeros_like(mask), 0
-        region.flat[left.argmax()] = True
+        row = left.sum(axis=1).argmax()  # from a long line it takes few rounds
+        region[row, left[row].argmax()] = True
         while size < (size := int(region.sum())):
             region = _fill_runs(_fill_runs(region, left).T, left.T).T
         left = left & ~region
@@ -285,7 +303,7 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
 def _fill_runs(seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """All horizontal runs of `mask` that hold a seed."""
     gaps = np.pad(~mask, ((0, 0), (0, 1)), constant_values=True)  # one after each line
-    run = np.cumsum(gaps).reshape(gaps.shape)[:, :-1]  # the gaps before it number a run
+    run = np.cumsum(gaps, dtype=np.int32).reshape(gaps.shape)[:, :-1]  # gaps before it number it
     hit = np.zeros(run.max() + 1, dtype=bool)
     hit[run[seeds]] = True
     return hit[run] & mask

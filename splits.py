@@ -40,7 +40,7 @@ def signature(picture: np.ndarray) -> np.ndarray:
     inside = Image.fromarray(np.asarray(small).max(axis=2) > level).convert("L")
     away = (np.arange(64) - 31.5) ** 2
     away = away + away[:, None] < 830  # squared pixels from the middle: a disc of radius 29
-    within = (np.asarray(inside.filter(ImageFilter.MinFilter(9))) > 0) & away
+    within = (np.asarray(inside.filter(ImageFilter.BoxBlur(4))) == 255) & away  # shrunk by 4
     detail = np.clip(light - mean, -12, 12) * within
     detail -= detail.sum() / max(1, within.sum()) * within
     return np.round(10 * detail).clip(-127, 127).astype(np.int8)
@@ -71,12 +71,17 @@ def find_alike(
     """
     unit = small.astype(np.float32)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-6)
-    for start in range(0, len(unit), 512):
-        close = unit[start : start + 512] @ unit[start:].T > CLOSE
-        for i, j in zip(*(start + index for index in np.nonzero(close)), strict=True):
-            how = alike(full(i), full(j)) if i < j else 0.0
-            if how > ALIKE:
-                yield int(i), int(j), how
+    rows, columns = 512, 2048  # a block that stays in the processor's cache
+    block = np.empty((rows, columns), np.float32)
+    for top in range(0, len(unit), rows):
+        for left in range(top, len(unit), columns):
+            a, b = unit[top : top + rows], unit[left : left + columns]
+            cosines = np.matmul(a, b.T, out=block[: len(a), : len(b)])
+            close = np.argwhere(cosines > CLOSE) if cosines.max() > CLOSE else ()
+            for i, j in ((top + int(i), left + int(j)) for i, j in close):
+                how = alike(full(i), full(j)) if i < j else 0.0
+                if how > ALIKE:
+                    yield i, j, how
 
 
 def find_copies(

@@ -7,6 +7,7 @@ processes that prepare data large; runs.py holds what a run needs of torch.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 log = logging.getLogger("ssrl")
 HERE = Path(__file__).resolve().parent  # of the checkout: where configs/ lies
+DATA_FLAGS = {"--data", "--data-path"}
 Options = TypeVar("Options")
 
 
@@ -70,8 +72,6 @@ class RunOptions:
 
 
 # ----------------------------------------------------------------------------------------- options
-
-
 def parse(
     options_class: type[Options],
     argv: list[str] | None = None,
@@ -87,10 +87,8 @@ def parse(
     """
     arguments = _drop_option(list(sys.argv[1:] if argv is None else argv), "--local-rank")[0]
     arguments, config = _drop_option(arguments, "--config")
-    has_data = any(
-        a.split("=")[0].replace("_", "-") in ("--data", "--data-path") for a in arguments
-    )
-    path = Path(config) if config else None if has_data else default_config
+    named = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    path = Path(config) if config else None if named & DATA_FLAGS else default_config
     flags = _yaml_flags(options_class, path) if path else []
     about = (
         f"{options_class.__doc__}\n--config FILE takes options from a YAML file; flags override it."
@@ -101,7 +99,6 @@ def parse(
         if flags and end.code:
             print(f"Options that are not in the command come from {path}", file=sys.stderr)
         raise
-    named = {word.partition("=")[0].replace("_", "-") for word in arguments}
     for field in dataclasses.fields(options):
         flag = "--" + field.name.replace("_", "-")
         if getattr(options, field.name) == () and (field.default != () or flag in named):
@@ -178,6 +175,7 @@ EXIT_CODES = {InputError: 2, Diverged: 3, Stopped: 75}
 def run_main(main: Any, options_class: type, *, default_config: Path | None = None) -> None:
     """Run `main(options, config file or None)` as a program; known errors are one message."""
     setup_log()
+    keep_freed_memory()
     options = None
     try:
         options, config = parse(options_class, default_config=default_config)
@@ -204,9 +202,19 @@ def setup_log() -> None:
     log.setLevel(logging.INFO if main_process else logging.ERROR)
 
 
+def keep_freed_memory() -> None:
+    """Let this process, and those it starts, keep freed memory for what they allocate next.
+
+    glibc gives large arrays back to the system at once; every photograph, and every step on a CPU,
+    then waits for new pages, a tenth of its time. No other C library is asked.
+    """
+    for name, number, value in (("TRIM_THRESHOLD", -1, 2**31 - 1), ("MMAP_MAX", -4, 0)):
+        os.environ.setdefault(f"MALLOC_{name}_", str(value))  # for processes to come
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).mallopt(number, value)
+
+
 # --------------------------------------------------------------------------------------- run files
-
-
 def write_atomic(path: Path, write: typing.Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename: whole or not at all."""
     try:
@@ -322,8 +330,6 @@ class Progress:
 
 
 # --------------------------------------------------------------------------------------- schedules
-
-
 def cosine_schedule(
     step: float, total: float, start: float, end: float, warmup: float = 0
 ) -> float:

@@ -12,8 +12,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFile, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageFilter, ImageOps
 
+import photographs
 from photographs import (
     Box,
     PhotographError,
@@ -497,3 +498,10 @@ def test_aspect_is_kept_and_padding_brings_the_square_back(shape, expected):
     square = pad_square(kept)
     assert square.shape == (50, 50, 3) and (square == 200).all(axis=2).sum() == kept[..., 0].size
     assert square[25, 25, 0] == 200 and square[0, 0, 0] in (0, 200)
+
+
+@pytest.mark.parametrize("shape", [(170, 256), (37, 5), (2, 3), (1, 1)])
+def test_median_is_pillows(shape):
+    light = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = Image.fromarray(light).filter(ImageFilter.MedianFilter(3))
+    assert (photographs._median(light) == np.asarray(expected)).all()

@@ -158,16 +158,16 @@ def test_coarse_signature_is_the_mean_of_blocks():
 
 
 def test_pairs_far_apart_in_the_list_are_found_as_by_looking_at_all():
-    """1,100 signatures are searched in three blocks; all pairs are looked at here."""
+    """2,200 signatures are searched in blocks of 512 by 2,048; all pairs are looked at here."""
     rng = np.random.default_rng(0)
-    looks = rng.integers(-60, 60, (1100, 64, 64)).astype(np.int8)
-    pairs = [(3, 9), (5, 600), (511, 512), (0, 1099)]
+    looks = rng.integers(-60, 60, (2200, 64, 64)).astype(np.int8)
+    pairs = [(3, 9), (5, 600), (511, 512), (0, 2199), (2047, 2048), (700, 701)]
     for one, other in pairs:
         noise = rng.integers(-9, 10, (64, 64))
         looks[other] = (looks[one] + noise).clip(-127, 127)
     small = np.stack([coarse(look) for look in looks]).reshape(len(looks), -1)
     found = {(i, j) for i, j, _ in find_alike(small, looks.__getitem__)}
-    unit = looks.reshape(len(looks), -1).astype(float)
+    unit = looks.reshape(len(looks), -1).astype(np.float32)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     every = {tuple(map(int, pair)) for pair in np.argwhere(np.triu(unit @ unit.T, 1) > 0.84)}
     assert found == every == {*pairs}

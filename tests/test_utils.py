@@ -5,6 +5,8 @@ import importlib
 import io
 import json
 import math
+import os
+import platform
 import re
 import stat
 import subprocess
@@ -267,6 +269,41 @@ def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError):
         utils.write_json(tmp_path / "a.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+FAULTS = """
+import resource, sys, utils
+if sys.argv[1] == "kept":
+    utils.keep_freed_memory()
+def fill():
+    for _ in range(50):
+        bytearray(40_000_000)
+fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is asked")
+def test_freed_memory_is_used_again():
+    """Page faults of 50 arrays of 40 MB; a child of a process that keeps memory keeps it, too."""
+    faults, environment = {}, child_environment(PYTHONPATH=str(HERE))
+    kept = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
+    for name, also in (("given back", {}), ("kept", {}), ("child", kept)):
+        command = [sys.executable, "-c", FAULTS, name]
+        done = subprocess.run(command, env=environment | also, capture_output=True, check=True)
+        faults[name] = int(done.stdout)
+    assert faults["given back"] > 900 > 10 * max(faults["kept"], faults["child"]), faults
+
+
+def test_children_are_told_to_keep_memory(monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"):
+        monkeypatch.setenv(name, "gone")
+        monkeypatch.delenv(name)
+    utils.keep_freed_memory()
+    assert os.environ["MALLOC_MMAP_MAX_"] == "0"
+    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == str(2**31 - 1)
 
 
 SCRIPT = """
