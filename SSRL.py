@@ -33,15 +33,25 @@ import metrics
 import runs
 import utils
 import vision_transformer as vit
-from augment import MultiCrop, WholeView, apply_color, contact_sheet
+from augment import MultiCrop, color_views, contact_sheet
 from data import PhotographDataset as Dataset
-from manifest import Manifest
+from features import Watched
 from utils import Diverged, RunOptions, Stopped, log
+from weights import load_weights, read_weights, save_backbone, save_torch
 
 DEMO = utils.HERE / "configs" / "demo.yaml"
 HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
 # what may differ when a run is resumed; --epochs may also grow
-RESUMABLE = ("workers", "device", "log_every", "save_minutes", "keep_every", "knn_every")
+RESUMABLE = (
+    "workers",
+    "device",
+    "checkpointing",
+    "compile",
+    "log_every",
+    "save_minutes",
+    "keep_every",
+    "knn_every",
+)
 
 
 @dataclass
@@ -56,6 +66,8 @@ class Options(data.DataOptions, RunOptions):
     batch_size: Annotated[int, tyro.conf.arg(aliases=("--batch-size-per-gpu",))] = 64
     """Photographs of a micro-batch, for each process."""
     accumulate: int = 1  # Micro-batches whose gradients make one step.
+    checkpointing: bool = False  # Keep less for gradients: slower, in less memory.
+    compile: bool = False  # Let torch.compile fuse the networks' small operations, on CUDA.
     resume: Literal["auto", "never"] = "auto"  # Continue an unfinished run, or refuse to.
     global_crop_size: int = 224  # Side of the 2 global crops in pixels.
     local_crop_size: int = 96  # Side of the local crops in pixels.
@@ -167,8 +179,8 @@ def build_networks(o: Options) -> tuple[Network, Network]:
     spec = vit.BackboneSpec(o.arch, o.patch_size, o.global_crop_size, o.mean, o.std)
     backbone = vit.Backbone(spec, o.drop_path)
     if o.init != "none":
-        weights = vit.read_weights(o.init, o.checkpoint_key)
-        vit.load_weights(backbone, weights)
+        weights = read_weights(o.init, o.checkpoint_key)
+        load_weights(backbone, weights)
         if (weights.spec.mean, weights.spec.std) != (spec.mean, spec.std):
             log.warning("--init was trained with other --mean and --std: %s", weights.spec)
     log.info("backbone: %s, init %s; projection head: from scratch", o.arch, o.init)
@@ -216,24 +228,12 @@ class Run:
             "teacher_temp": utils.linear_schedule(step, *heating),
         }
 
-    def views(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        """Bring a batch's crops to the device, coloured and normalised, one tensor a resolution.
 
-        Views are the outer dimension: (2 B, 3, G, G), then (V B, 3, L, L) if V is not 0.
-        """
-        device, crops = self.processes.device, []
-        mean, std = (torch.tensor(v, device=device) for v in (self.options.mean, self.options.std))
-        for kind, color in (("global", batch["color"][:, :2]), ("local", batch["color"][:, 2:])):
-            images = batch[kind].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-            if len(images):
-                crops.append(apply_color(images, color.transpose(0, 1).flatten(0, 1), mean, std))
-        return crops
-
-
-def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> dict[str, Any]:
+def train_step(state: State, batches: Iterator[list[Tensor]], run: Run) -> dict[str, Any]:
     """Take one step over `accumulate` micro-batches and return its measurements.
 
-    Raises Diverged on every process, with nothing updated, when the loss of any is not finite.
+    `batches` gives the crops of each as `augment.color_views` does. Raises Diverged on every
+    process when the loss of any is not finite.
     """
     o, now, device = run.options, run.schedule(state.step), run.processes.device
     for group, decays in zip(state.optimizer.param_groups, (1, 0), strict=True):
@@ -243,9 +243,8 @@ def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> 
     total, mean, waited = torch.zeros((), device=device), torch.zeros_like(state.center), 0.0
     for micro in range(o.accumulate):
         started = time.perf_counter()
-        batch = next(batches)
+        crops = next(batches)
         waited += time.perf_counter() - started
-        crops = run.views(batch)
         quiet = run.processes.world > 1 and micro < o.accumulate - 1  # reduce gradients once
         with run.student.no_sync() if quiet else contextlib.nullcontext():
             with torch.autocast(device.type, run.dtype, enabled=run.dtype is not None):
@@ -263,29 +262,40 @@ def train_step(state: State, batches: Iterator[dict[str, Tensor]], run: Run) -> 
             for view in cls_tokens.chunk(2) if o.koleo_weight else ():
                 loss = loss + o.koleo_weight / o.accumulate * losses.koleo_loss(view)
             state.scaler.scale(loss).backward()
-    total = losses.all_reduce(total) / run.processes.world
-    if not torch.isfinite(total):
-        raise Diverged(f"loss {float(total)} at step {state.step}, none of it kept: {HINT}")
-    if apply_gradients(state, run):
+    if apply_gradients(state, run, losses.all_reduce(total) / run.processes.world):
         update_teacher(state.teacher, state.student, now["momentum"])
         if o.centering == "mean":
             losses.update_center(state.center, mean)
     state.step += 1
-    state.losses.append(total)
-    now |= {"step": state.step, "loss": total, "waited": waited, "skipped": state.skipped}
+    now |= {"step": state.step, "loss": state.losses[-1], "waited": waited}
     if state.step % o.log_every == 0:
+        check_finite(state.losses, state.step)
         now |= losses.spread(targets) | {"loss": torch.stack(state.losses).mean()}
+        now |= {"skipped": state.skipped, "memory_gb": runs.peak_memory(device)}
         state.losses.clear()
     return now
 
 
-def apply_gradients(state: State, run: Run) -> bool:
-    """Clip and step; False, with nothing changed, when fp16 overflowed. May raise Diverged."""
+def check_finite(values: list[Tensor], step: int) -> None:
+    """Raise Diverged if one of the losses (scalars) is not finite; waits for their device."""
+    if values and not torch.stack(values).isfinite().all():
+        raise Diverged(f"loss or gradient not finite by step {step}, none of it kept: {HINT}")
+
+
+def apply_gradients(state: State, run: Run, loss: Tensor) -> bool:
+    """Clip and step; False, with nothing changed, when fp16 overflowed. Notes the step's loss.
+
+    On a CPU raises Diverged with nothing changed if loss or gradients are not finite. A GPU would
+    be waited for: it is asked before anything is logged or saved.
+    """
     o, last_layer = run.options, state.student.head.last_layer
     state.scaler.unscale_(state.optimizer)
     norm = clip_gradients(list(state.student.parameters()), o.clip_grad)
-    if not (torch.isfinite(norm) or state.scaler.is_enabled()):
-        raise Diverged(f"gradient norm {float(norm)} at step {state.step}, none of it kept: {HINT}")
+    if not state.scaler.is_enabled():
+        loss = loss + 0 * norm  # not finite if any gradient is not
+    if loss.device.type == "cpu":
+        check_finite([loss], state.step)
+    state.losses.append(loss)
     if state.step < o.freeze_last_layer * run.steps_per_epoch:
         for parameter in last_layer.parameters():
             parameter.grad = None
@@ -323,15 +333,16 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -> None:
     """Train from the state's step to the last one, saving as it goes; a signal raises Stopped."""
     o, per_epoch = run.options, run.steps_per_epoch
-    stop, watch = runs.StopSignal(run.processes), Watch(run, dataset.manifest)
+    stop, seen = runs.StopSignal(run.processes), Watched(dataset.manifest, run.dtype, o.workers)
     sampler.set_range(state.step, run.total_steps)
-    batches = data.training_loader(dataset, sampler, o.workers, run.processes.device)
-    main, saved = run.processes.is_main, time.monotonic()
+    main, device, saved = run.processes.is_main, run.processes.device, time.monotonic()
+    loader = data.training_loader(dataset, sampler, o.workers, device)
+    batches = data.ahead((color_views(b, device, o.mean, o.std) for b in loader), device)
     progress = utils.Progress(run.folder.path, state.step, run.total_steps, run.global_batch, main)
     if state.step == 0 and main:
         picture = Image.fromarray(contact_sheet([dataset[k] for k in next(iter(sampler))[:8]]))
         utils.write_atomic(run.folder.path / "crops.png", lambda path: picture.save(path, "PNG"))
-        progress.record(watch(state, 0, {}))
+        progress.record(watch(state, run, seen, 0, {}))
         save(state, run, 0)
     while state.step < run.total_steps:
         progress.update(train_step(state, batches, run), state.step / per_epoch)
@@ -341,7 +352,7 @@ def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -
             save(state, run, epoch if within == 0 else None)
             saved = time.monotonic()
         if main and within == 0:  # saved before, since it may take longer than a stop leaves
-            progress.record(watch(state, epoch, progress.latest))
+            progress.record(watch(state, run, seen, epoch, progress.latest))
         progress.since += time.monotonic() - began  # throughput is that of steps
         if stopped:
             raise Stopped(f"step {state.step} saved; goes on with --output-dir {run.folder.path}")
@@ -349,58 +360,41 @@ def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -
 
 
 def save(state: State, run: Run, epoch: int | None = None, name: str = "checkpoint.pth") -> None:
-    """Write a checkpoint; at the end of an epoch the backbone too, and a copy that is kept."""
+    """Write a checkpoint; at the end of an epoch the backbone too, and a copy that is kept.
+
+    Raises Diverged, and writes nothing, when a loss since the last line of the log is not finite.
+    """
+    check_finite(state.losses, state.step)
     folder, spec = run.folder, asdict(state.student.backbone.spec)
     content = state.state_dict() | {"spec": spec, "options": folder.options, "data": folder.data}
     if epoch is not None:  # checkpoint.pth last: once it is there, all of its epoch is
         file = folder.path / "backbone.safetensors"
-        vit.save_backbone(state.teacher.backbone, file, folder.options)
+        save_backbone(state.teacher.backbone, file, folder.options)
         if run.options.keep_every and epoch % run.options.keep_every == 0:
-            runs.save_torch(content, folder.path / f"checkpoint-{epoch:04d}.pth")
-    runs.save_torch(content, folder.path / name)
+            save_torch(content, folder.path / f"checkpoint-{epoch:04d}.pth")
+    save_torch(content, folder.path / name)
 
 
-class Watch:
-    """Looks at the teacher between epochs: collapse on a fixed set of images, k-NN on val."""
-
-    def __init__(self, run: Run, manifest: Manifest) -> None:
-        self.run, self.manifest = run, manifest
-        records = manifest.split("train")
-        self.fixed = records[:: max(1, len(records) // 256)][:256]
-        splits = (manifest.split(name) for name in ("train", "val"))
-        self.graded = [[r for r in split if r.grade is not None] for split in splits]
-
-    def __call__(self, state: State, epoch: int, latest: dict[str, Any]) -> dict[str, Any]:
-        """Return RankMe and the like, k-NN scores when due; warn of collapse, keep the best."""
-        o = self.run.options
-        seen = self._features(state, self.fixed)
-        record: dict[str, Any] = {"epoch": epoch, "rankme": features.rankme(seen)}
-        record["embedding_std"] = features.embedding_std(seen)
-        collapse = losses.collapse(latest | record, o.out_dim) if latest else ""
-        if collapse:
-            log.warning("epoch %d: collapse, %s", epoch, collapse)
-            record["collapse"] = collapse
-        due = o.knn_every and (epoch % o.knn_every == 0 or epoch == o.epochs)
-        if due and all(self.graded):
-            record |= self._knn(state)
-            if epoch and record["knn_qwk"] > state.best_qwk:
-                state.best_qwk = record["knn_qwk"]
-                for name in ("checkpoint-best.pth", "checkpoint.pth"):  # both know of the best
-                    save(state, self.run, name=name)
-        return record
-
-    def _knn(self, state: State) -> dict[str, float]:
-        """Return the scores on val of the 15-NN (fewer neighbours if train has fewer)."""
-        bank, val = (self._features(state, split) for split in self.graded)
-        known, truth = (data.grades_of(split) for split in self.graded)
-        votes = features.knn_predict(bank, torch.from_numpy(known), val, [min(15, len(bank))])
-        return {f"knn_{k}": v for k, v in metrics.brief(*votes.values(), truth, known).items()}
-
-    def _features(self, state: State, records: list[Any]) -> Tensor:
-        run, backbone = self.run, state.teacher.backbone
-        dataset = Dataset(self.manifest, records, WholeView(backbone.spec.image_size))
-        found = features.extract_features(backbone, dataset, run.dtype, run.options.workers)
-        return found["cls"][:, -1]
+def watch(
+    state: State, run: Run, seen: Watched, epoch: int, latest: dict[str, Any]
+) -> dict[str, Any]:
+    """Return RankMe and the like, k-NN scores when due; warn of collapse, keep the best on val."""
+    o, backbone = run.options, state.teacher.backbone
+    fixed = seen.embeddings(backbone, seen.fixed)
+    record: dict[str, Any] = {"epoch": epoch, "rankme": features.rankme(fixed)}
+    record["embedding_std"] = features.embedding_std(fixed)
+    collapse = losses.collapse(latest | record, o.out_dim) if latest else ""
+    if collapse:
+        log.warning("epoch %d: collapse, %s", epoch, collapse)
+        record["collapse"] = collapse
+    if all(seen.graded) and o.knn_every and (epoch % o.knn_every == 0 or epoch == o.epochs):
+        scores = metrics.brief(*seen.knn(backbone))
+        record |= {f"knn_{name}": value for name, value in scores.items()}
+        if epoch and record["knn_qwk"] > state.best_qwk:
+            state.best_qwk = record["knn_qwk"]
+            for name in ("checkpoint-best.pth", "checkpoint.pth"):  # both know of the best
+                save(state, run, name=name)
+    return record
 
 
 def build_run(
@@ -408,6 +402,9 @@ def build_run(
 ) -> tuple[State, Run]:
     """Return the untrained state and the run's constants."""
     student, teacher = wrapped, _ = [net.to(processes.device) for net in build_networks(o)]
+    student.backbone.checkpointing = o.checkpointing
+    if o.compile:
+        runs.compile_networks(student, teacher)
     if processes.world > 1:
         cuda = processes.device.type == "cuda"
         if o.use_bn_in_head and cuda:  # batch norm over all processes; gloo has no kernel for it
@@ -443,7 +440,8 @@ def main(o: Options, config: Path | None) -> None:
             return
         crops = MultiCrop(**{name: getattr(o, name) for name in MultiCrop.__dataclass_fields__})
         dataset = Dataset(manifest, records, crops, o.seed, o.max_bad)
-        train(state, run, dataset, sampler)
+        with runs.memory_advice(o):
+            train(state, run, dataset, sampler)
 
 
 if __name__ == "__main__":

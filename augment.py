@@ -9,6 +9,7 @@ Strengths are DINO's (arXiv 2104.14294, appendix; BYOL's before it).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -197,6 +198,23 @@ def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tens
     some = len(crops) if crops.is_cuda else max(1, CACHE // crops[0].numel())
     parts = zip(crops.split(some), color.split(some), strict=True)
     return torch.cat([_color(images, rows, mean, std) for images, rows in parts])
+
+
+def color_views(
+    batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
+) -> list[Tensor]:
+    """Bring a batch of MultiCrop's items to the device, coloured and normalised.
+
+    Returns a tensor for each resolution, views as the outer dimension: (2 B, 3, G, G), and
+    (V B, 3, L, L) if V is not 0. `mean` and `std` are RGB's, 0 to 1.
+    """
+    center, spread = (torch.tensor(v, device=device) for v in (mean, std))
+    crops = []
+    for kind, color in (("global", batch["color"][:, :2]), ("local", batch["color"][:, 2:])):
+        images = batch[kind].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        if len(images):
+            crops.append(apply_color(images, color.transpose(0, 1).flatten(0, 1), center, spread))
+    return crops
 
 
 def _color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:

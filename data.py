@@ -56,8 +56,6 @@ class DataOptions:
 
 
 # ------------------------------------------------------------------------------- which photographs
-
-
 def open_manifest(data: str) -> Manifest:
     """Open what `--data` names (DataOptions) and say what was found.
 
@@ -144,7 +142,6 @@ def patients_of(records: Sequence[Record]) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------- batches
-
 View = Callable[[Tensor, tuple[int, ...]], dict[str, Tensor]]
 Key = tuple[int, int]  # (epoch, index)
 
@@ -270,6 +267,27 @@ def training_loader(
         generator=torch.Generator(),  # else it draws from the one that drop path draws from
     )
     return _count_bad(_unwrap_errors(loader), dataset, sampler)
+
+
+def ahead(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
+    """Iterate; on CUDA a batch ahead, so that making it on the device runs beside a step.
+
+    What `batches` starts on the device goes to a stream of its own.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    side, step = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    made: list[Tensor] | None = []
+    while made is not None:
+        ready, done = made, side.record_event()
+        with torch.cuda.stream(side):
+            made = next(batches, None)
+        step.wait_event(done)
+        for tensor in ready:
+            tensor.record_stream(step)  # its memory is not for others before the step is done
+        if ready:
+            yield ready
 
 
 def _count_bad(

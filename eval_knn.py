@@ -30,7 +30,7 @@ from features import (
 )
 from manifest import Record
 from utils import RunOptions, check_options, run_main
-from vision_transformer import BackboneOptions
+from weights import BackboneOptions
 
 HEADLINE = 15  # the paper's k
 

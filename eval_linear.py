@@ -46,7 +46,7 @@ from utils import (
     run_main,
     write_atomic,
 )
-from vision_transformer import BackboneOptions
+from weights import BackboneOptions
 
 PAPER_LR, PAPER_BATCH = 0.001 * 25 / 256, 25
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from augment import WholeView
 from data import (
     GRADES,
     Manifest,
@@ -30,11 +31,13 @@ from data import (
     View,
     evaluation_loader,
     graded,
+    grades_of,
     open_manifest,
 )
 from runs import autocast_dtype, pick_device, versions
 from utils import InputError, log, sha256_of, write_atomic, write_json
-from vision_transformer import Backbone, Weights, load_backbone, read_weights
+from vision_transformer import Backbone
+from weights import Weights, load_backbone, read_weights
 
 N_BLOCKS = 4  # the most that any protocol reads
 
@@ -115,6 +118,32 @@ def embedding_std(features: Tensor) -> float:
     """
     unit = torch.nn.functional.normalize(features, dim=1)
     return float(unit.std(dim=0).mean() * features.shape[1] ** 0.5)
+
+
+class Watched:
+    """Photographs at which training looks between epochs: up to 256 fixed ones, and val's."""
+
+    def __init__(self, manifest: Manifest, dtype: torch.dtype | None, workers: int) -> None:
+        self.manifest, self.how = manifest, (dtype, workers)
+        records = manifest.split("train")
+        self.fixed = records[:: max(1, len(records) // 256)][:256]
+        splits = (manifest.split(name) for name in ("train", "val"))
+        self.graded = [[r for r in split if r.grade is not None] for split in splits]
+
+    def embeddings(self, backbone: Backbone, records: list[Record]) -> Tensor:
+        """Return the normed [CLS] (N, D) of records, the whole photograph in view."""
+        dataset = PhotographDataset(self.manifest, records, WholeView(backbone.spec.image_size))
+        return extract_features(backbone, dataset, *self.how)["cls"][:, -1]
+
+    def knn(self, backbone: Backbone) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Return the 15-NN's votes (N, G) on val, val's grades (N,) and train's (M,).
+
+        Fewer neighbours vote if train has fewer.
+        """
+        bank, val = (self.embeddings(backbone, split) for split in self.graded)
+        known, truth = (grades_of(split) for split in self.graded)
+        votes = knn_predict(bank, torch.from_numpy(known), val, [min(15, len(bank))])
+        return *votes.values(), truth, known
 
 
 # ------------------------------------------------------------------- what evaluation scripts share

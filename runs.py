@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
 import inspect
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -17,17 +15,21 @@ import signal
 import subprocess
 import sys
 import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 from utils import HERE, InputError, dump_options, log, split_log, write_atomic, write_record
+from weights import load_torch
 
 
 # ------------------------------------------------------------------------------- processes, device
@@ -78,17 +80,17 @@ class Processes:
 def process_group(device: str) -> Iterator[Processes]:
     """Join the processes that a launcher started (torchrun, torch.distributed.launch), if any.
 
-    One process needs no group. NCCL serves CUDA, gloo the rest. Raises InputError when `device`
-    (auto, cpu, cuda, mps) is not there.
+    NCCL serves CUDA, gloo the rest. InputError when `device` (auto, cpu, cuda, mps) is not there.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if world == 1:
         yield Processes(chosen)
         return
-    backend = "nccl" if chosen.type == "cuda" and dist.is_nccl_available() else "gloo"
+    nccl = chosen.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # what the host asks waits for no GPU
     patience = datetime.timedelta(hours=2)  # the others wait while the main process evaluates
-    device_id = chosen if backend == "nccl" else None
+    device_id = chosen if nccl else None
     dist.init_process_group(backend, device_id=device_id, timeout=patience)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -102,7 +104,16 @@ def distribute(module: torch.nn.Module) -> torch.nn.parallel.DistributedDataPara
     """Wrap a module so that its gradients are averaged over processes; buffers are left alone."""
     wrapper = torch.nn.parallel.DistributedDataParallel
     new, old = "forward_sync_buffers", "broadcast_buffers"  # from torch 2.15 on, and before
-    return wrapper(module, **{new if new in inspect.signature(wrapper).parameters else old: False})
+    sync = new if new in inspect.signature(wrapper).parameters else old
+    return wrapper(module, gradient_as_bucket_view=True, **{sync: False})
+
+
+def compile_networks(*networks: torch.nn.Module) -> None:
+    """Let torch.compile fuse operations, in place, in minutes; InputError for other than CUDA."""
+    if not all(p.is_cuda for network in networks for p in network.parameters()):
+        raise InputError("--compile: gains something on CUDA alone; leave it out")
+    for network in networks:
+        network.compile()
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -112,10 +123,26 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = next((kind for kind, there in present.items() if there), "cpu")
     elif not present.get(name, True):
         raise InputError(f"--device {name}: torch finds no such device here; use --device auto")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        gpus = f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node"
-        raise InputError(f"{local_rank + 1} processes for {gpus}")
+    if name == "cpu":
+        speed_up_matmul()
+    if name == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise InputError(f"{local_rank + 1} processes for {count} GPUs: lower --nproc-per-node")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def speed_up_matmul() -> None:
+    """Let oneDNN multiply fp32 matrices on this CPU, where it does so in full precision.
+
+    torch asks MKL, which is slow on other makers' processors. Its switch for oneDNN allows bf16
+    inside, which those with AMX would take: there, or where a product shows it, it stays off.
+    """
+    backend = torch.backends.mkldnn
+    if not backend.is_available() or "amx_bf16" in _cpu_flags():
+        return
+    before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, "bf16"
+    exact = torch.full((256, 256), 1 + 2.0**-12)  # bf16 has 8 bits
+    if not (exact @ torch.eye(256)).equal(exact):
+        backend.matmul.fp32_precision = before
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -131,18 +158,18 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            native = device.type == "cpu" and _has_bf16() and _survives_bf16()
+            listed = {"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags()
+            native = device.type == "cpu" and listed and _survives_bf16()
         precision = "bf16" if native else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def _has_bf16() -> bool:
-    """Say whether this CPU lists bf16 instructions; only Linux tells."""
+def _cpu_flags() -> set[str]:
+    """Return what this CPU says it can; only Linux tells."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text(errors="ignore").split())
+        return set(Path("/proc/cpuinfo").read_text(errors="ignore").split())
     except OSError:
-        return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
+        return set()
 
 
 def _survives_bf16() -> bool:
@@ -155,43 +182,6 @@ def _survives_bf16() -> bool:
         a = torch.ones(64, 64, dtype=torch.bfloat16)
         os._exit(int((a @ a)[0, 0] != 64))
     return child < 0 or os.waitpid(child, 0)[1] == 0
-
-
-# ------------------------------------------------------------------------------------------- files
-def save_torch(state: dict[str, Any], path: Path) -> None:
-    """Write tensors, numbers, strings, lists and dicts with torch.save, atomically."""
-    write_atomic(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_torch(path: Path) -> dict[str, Any]:
-    """Read a .pth file onto the CPU without running code from it.
-
-    DINO's files hold an argparse.Namespace and numpy scalars beside the tensors: these types, and
-    no others, are allowed. Raises InputError for missing, damaged or code-carrying files.
-    """
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    dtypes = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]
-    safe = [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch stores checksums but does not check them
-                damaged = archive.testzip()
-            if damaged:
-                raise InputError(f"{path}: is damaged (checksum of {damaged}); take another copy")
-        with torch.serialization.safe_globals(safe):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows in whatever the bytes happen to mean
-        if isinstance(error, InputError):
-            raise
-        refused = re.search(r"(?i)unsupported (?:global|class).*?(?=\. |\n|$)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused:
-            raise InputError(
-                f"{path}: holds more than weights and is refused, since loading it would run its "
-                f"code ({refused[0]}); save its weights alone, where you trust it"
-            ) from None
-        raise InputError(
-            f"{path}: no torch file, or a damaged one ({type(error).__name__}); take another copy"
-        ) from None
 
 
 def commit() -> str:
@@ -219,6 +209,35 @@ def versions() -> dict[str, str]:
     }
 
 
+def peak_memory(device: torch.device) -> float:
+    """Return the most GB that this process has held so far: of a GPU, else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    unit = 1e9 if sys.platform == "darwin" else 1e9 / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
+
+
+@contextlib.contextmanager
+def memory_advice(options: Any) -> Iterator[None]:
+    """Turn running out of memory into an InputError that names options with which it may fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's is the latter, on GPU and CPU
+        text = str(error) or "MemoryError: out of memory"
+        if not re.search(r"(?i)out of memory|can't allocate memory|not enough memory", text):
+            raise
+        size, parts = options.batch_size, options.accumulate
+        part = next((n for n in range(2, size + 1) if size % n == 0), 0)
+        advice = f"--batch-size {size // part} --accumulate {parts * part}" if part else ""
+        if part and options.centering == "sinkhorn":
+            advice = f"--batch-size {size // part}, other steps (Sinkhorn-Knopp takes it at once)"
+        also = [advice, "" if options.checkpointing else "--checkpointing, slower", "smaller crops"]
+        told = f"{', or '.join(filter(None, also))} ({text.splitlines()[0]})"
+        raise InputError(f"--batch-size {size}: out of memory; try {told}") from None
+
+
 # -------------------------------------------------------------------------- folder, progress, stop
 class RunFolder:
     """A training run's folder: what may continue in it, and its log.jsonl."""
@@ -240,7 +259,7 @@ class RunFolder:
         return cls(Path("runs") / f"{base}-{count}")
 
     def open(
-        self, options: Any, data: str, resumable: tuple[str, ...], processes: Processes
+        self, options: Any, data: str, resumable: Sequence[str], processes: Processes
     ) -> dict[str, Any] | None:
         """Return the checkpoint to continue from, None for a fresh start, whose config is written.
 
@@ -286,7 +305,7 @@ class RunFolder:
         shutil.rmtree(self.path)
 
     def _compare(
-        self, old: dict[str, Any], data: str, resumable: tuple[str, ...], resume: str
+        self, old: dict[str, Any], data: str, resumable: Sequence[str], resume: str
     ) -> None:
         old = {k: list(v) if isinstance(v, tuple) else v for k, v in old.items()}
         new = self.options
@@ -326,6 +345,6 @@ class StopSignal:
         """Say whether any process was told to stop; all get the same answer at the same step."""
         if self.processes.world == 1:
             return self.seen
-        flag = torch.tensor(float(self.seen), device=self.processes.device)
+        flag = torch.tensor(float(self.seen))  # on the CPU: no wait for a GPU
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

@@ -1,4 +1,4 @@
-"""Everything with parameters or their names: backbone, projection head, weights in and out.
+"""The networks: backbone and projection head.
 
 The backbone is timm's VisionTransformer, with the views of it that self-distillation and frozen
 evaluation need; its parameter names are timm's, which are DINO's too.
@@ -7,28 +7,23 @@ Shapes: B batch, N tokens, D width, H heads, K prototypes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import timm
 import torch
-import tyro
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
-from runs import load_torch
-from utils import InputError, sha256_of, write_atomic
+from utils import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_TOKENS = 1024  # whose attention a CPU computes with its weights in memory
 
 ARCHS = {  # width, blocks, heads; each width stands for one number of heads
     "vit_pico": (64, 2, 2),
@@ -81,7 +76,7 @@ class Backbone(VisionTransformer):
             drop_path_rate=drop_path,
             dynamic_img_size=True,
         )
-        self.spec = spec
+        self.spec, self.checkpointing = spec, False
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images (B, 3, h, w) as the fp32 input that the backbone was trained on."""
@@ -89,6 +84,19 @@ class Backbone(VisionTransformer):
             images.new_tensor(v, dtype=torch.float32) for v in (self.spec.mean, self.spec.std)
         )
         return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the normed [CLS] (B, D) of images (B, 3, h, w)."""
+        x = self.tokens(images)
+        for block in self.blocks:
+            x = self._run(block, x, block is self.blocks[-1])
+        return self.norm(x[:, 0])
+
+    def _run(self, block: nn.Module, x: Tensor, cls_only: bool) -> Tensor:
+        """Run a block; `checkpointing` keeps its input alone and computes it anew for gradients."""
+        if self.checkpointing and self.training:
+            return checkpoint(run_block, block, x, cls_only, use_reentrant=False)
+        return run_block(block, x, cls_only)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Embed images (B, 3, h, w) as position-encoded tokens (B, N, D), [CLS] first."""
@@ -101,7 +109,7 @@ class Backbone(VisionTransformer):
         """
         x, cls_tokens = self.tokens(images), []
         for depth, block in enumerate(self.blocks, start=1):
-            x = block(x)
+            x = run_block(block, x)
             if depth > len(self.blocks) - n_blocks:
                 cls_tokens.append(self.norm(x[:, 0]))
         return torch.stack(cls_tokens, dim=1), self.norm(x)[:, 1:].mean(dim=1)
@@ -113,16 +121,65 @@ class Backbone(VisionTransformer):
         """
         x = self.tokens(images)
         for block in self.blocks[:-1]:
-            x = block(x)
-        last = self.blocks[-1]
-        attention, x = last.attn, last.norm1(x)
-        weights = zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True)
-        q, k = (
-            nn.functional.linear(tokens, *weight).unflatten(2, (attention.num_heads, -1))
-            for tokens, weight in zip((x[:, :1], x), weights, strict=False)
-        )  # (B, 1, H, D / H), (B, N, H, D / H)
-        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * attention.scale  # (B, H, 1, N)
+            x = run_block(block, x)
+        q, k, _ = _queries_keys_values(self.blocks[-1], x, cls_only=True)
+        scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, H, 1, N)
         return scores.float().softmax(dim=-1).squeeze(2)
+
+
+# ----------------------------------------------------------- a block, as far as its output is read
+def run_block(block: nn.Module, x: Tensor, cls_only: bool = False) -> Tensor:
+    """Return what timm's block makes of tokens (B, N, D), all of them or [CLS] alone (B, 1, D).
+
+    Where [CLS] alone is read, a block needs the keys and values of all tokens, and nothing else.
+    """
+    out = x[:, :1] if cls_only else x
+    out = _add(out, x, lambda some: _attend(block, some, cls_only), block.drop_path1)
+    return _add(out, out, lambda some: block.mlp(block.norm2(some)), block.drop_path2)
+
+
+def _add(x: Tensor, source: Tensor, branch: Callable[[Tensor], Tensor], drop: nn.Module) -> Tensor:
+    """Return x plus a residual branch of `source`, of those samples that stochastic depth keeps.
+
+    As timm's DropPath it keeps each with probability 1 - rate and divides it by that (arXiv
+    1603.09382), but what is dropped is not computed.
+    """
+    rate = getattr(drop, "drop_prob", 0.0) if drop.training else 0.0
+    if not rate or torch.compiler.is_compiling():  # which takes no shapes that depend on chance
+        return x + drop(branch(source))
+    kept = (torch.rand(len(x)) >= rate).nonzero().squeeze(1)  # on the CPU: no wait for a device
+    kept = kept.to(x.device, non_blocking=True)
+    found = branch(source.index_select(0, kept)).to(x.dtype)
+    return x.index_add(0, kept, found, alpha=1 / (1 - rate))
+
+
+def _attend(block: nn.Module, x: Tensor, cls_only: bool) -> Tensor:
+    """Return the attention branch for all tokens (B, N, D), or for [CLS] alone (B, 1, D)."""
+    values = attention(*_queries_keys_values(block, x, cls_only))
+    return block.attn.proj(values.transpose(1, 2).flatten(2))
+
+
+def _queries_keys_values(block: nn.Module, x: Tensor, cls_only: bool) -> tuple[Tensor, ...]:
+    """Return queries, of [CLS] alone if asked so, keys and values: (B, H, 1 or N, D / H) each."""
+    linear, x, width = block.attn.qkv, block.norm1(x), x.shape[2]
+    heads = (block.attn.num_heads, -1)
+    if not cls_only:
+        return linear(x).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()
+    weight, bias = (p.split((width, 2 * width)) for p in (linear.weight, linear.bias))
+    query = F.linear(x[:, :1], weight[0], bias[0]).unflatten(2, heads).transpose(1, 2)
+    both = F.linear(x, weight[1], bias[1]).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
+    return query, *both.unbind()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v for q (B, H, M, d), k and v (B, H, N, d).
+
+    A GPU has a kernel for it all. A CPU's takes 1.5 to 12 times as long as two products, and is
+    for so many tokens that their (N, N) weights would fill the memory.
+    """
+    if q.device.type != "cpu" or k.shape[2] > MOST_TOKENS:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v
 
 
 class ProjectionHead(nn.Module):
@@ -159,189 +216,4 @@ class ProjectionHead(nn.Module):
         lengths.requires_grad = not norm_last_layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(nn.functional.normalize(self.mlp(x), dim=-1))
-
-
-# -------------------------------------------------------------------------------------- weights in
-@dataclass
-class BackboneOptions:
-    """Which frozen backbone to evaluate."""
-
-    pretrained: Annotated[str, tyro.conf.arg(aliases=("--pretrained-weights",))] = ""
-    """Weights: a run folder, checkpoint.pth, *.safetensors, a DINO .pth, timm:NAME (downloads) or
-    none (a random ViT-S/16). Empty: the newest run under runs/."""
-    checkpoint_key: Literal["teacher", "student"] = "teacher"
-    """Which network of a checkpoint that holds both."""
-    image_size: int = 0
-    """Side of the square input in pixels; 0: the size the backbone was trained at."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Backbone weights under timm's names, with what is known of their origin."""
-
-    state: dict[str, Tensor] = field(repr=False)
-    spec: BackboneSpec
-    path: str
-    sha256: str  # of the file
-    run: Path | None = None  # the run folder they belong to, if any
-    run_options: dict[str, Any] = field(default_factory=dict)  # that run's, if any
-    network: str = ""  # teacher or student, of a file that may hold both
-
-
-def read_weights(source: str, checkpoint_key: str = "teacher") -> Weights:
-    """Read backbone weights from what `--pretrained` and `--init` take.
-
-    Position embeddings keep their grid; `load_weights` resamples them. The network is used for
-    `timm:NAME` alone. Raises InputError for missing, damaged or unknown files.
-    """
-    if source == "none":
-        spec = BackboneSpec("vit_small", 16, 224)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            state = Backbone(spec).state_dict()
-        return Weights(state, spec, "none", _digest(state))
-    if source.startswith("timm:"):
-        return _read_timm(source)
-    path = Path(source)
-    if path.is_dir():
-        path /= "backbone.safetensors" if checkpoint_key == "teacher" else "checkpoint.pth"
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such weights; expected a run folder, a .pth or .safetensors file, "
-            "timm:NAME or none"
-        )
-    if path.suffix == ".safetensors" and checkpoint_key != "teacher":
-        raise InputError(f"{path}: holds one network; name the run's checkpoint.pth instead")
-    if path.suffix == ".safetensors":
-        state, meta = _read_safetensors(path)
-    else:
-        state, meta = _read_torch(path, checkpoint_key)
-    spec = BackboneSpec(**meta["spec"]) if "spec" in meta else infer_spec(state, path)
-    run = path.parent if (path.parent / "config.yaml").is_file() else None
-    network = "" if path.suffix == ".safetensors" else checkpoint_key
-    return Weights(state, spec, str(path), sha256_of(path), run, meta.get("options", {}), network)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a safetensors file and the JSON of its metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: is not a readable safetensors file ({error})") from None
-    return _clean(state), json.loads(metadata.get("ssrl", "{}"))
-
-
-def _read_torch(path: Path, checkpoint_key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a .pth: ours, DINO's with student and teacher, or a plain state dict."""
-    content = load_torch(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
-    names = (n for n in (checkpoint_key, "state_dict", "model") if isinstance(content.get(n), dict))
-    nested = content.get(next(names, None), content)
-    if not all(isinstance(value, Tensor) for value in nested.values()):
-        raise InputError(
-            f"{path}: no weights under {checkpoint_key!r} (--checkpoint-key); found {list(content)}"
-        )
-    meta = {k: content[k] for k in ("spec", "options") if isinstance(content.get(k), dict)}
-    return _clean(nested), meta if "spec" in meta else {}
-
-
-def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove wrappers' prefixes at the front of names, and heads (classifier or projection)."""
-    cleaned = {}
-    for name, value in state.items():
-        for prefix in ("_orig_mod.", "module.", "_orig_mod.", "backbone."):
-            name = name.removeprefix(prefix)
-        if not name.startswith("head."):
-            cleaned[name] = value
-    return cleaned
-
-
-def _read_timm(source: str) -> Weights:
-    """Download (or take from its cache) a pretrained ViT of timm."""
-    name = source.removeprefix("timm:")
-    if not timm.is_model(name.split(".")[0]):
-        raise InputError(f"{source}: timm has no such model; try timm:vit_small_patch16_224.dino")
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # a download fails in many ways, none of them ours
-        raise InputError(
-            f"{source}: could not be downloaded ({type(error).__name__}: {error}). Without "
-            "network, copy the weights' file here and name it instead; none is from scratch"
-        ) from None
-    state, config = model.state_dict(), model.pretrained_cfg
-    spec = replace(infer_spec(state, Path(name)), mean=config["mean"], std=config["std"])
-    return Weights(state, spec, source, _digest(state))
-
-
-def _digest(state: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of weights that have no file."""
-    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
-
-
-def infer_spec(state: dict[str, Tensor], path: Path) -> BackboneSpec:
-    """Tell architecture, patch and image size from the shapes of timm-named weights.
-
-    Raises InputError when they are not those of a ViT that this project has.
-    """
-    try:
-        width, _, patch, _ = state["patch_embed.proj.weight"].shape
-        tokens = state["pos_embed"].shape[1] - 1
-    except (KeyError, ValueError):
-        first = ", ".join(list(state)[:5])
-        raise InputError(f"{path}: these are not a ViT's weights (names begin: {first})") from None
-    depth, side = (
-        len({n.split(".")[1] for n in state if n.startswith("blocks.")}),
-        math.isqrt(tokens),
-    )
-    for arch, dimensions in ARCHS.items():
-        if dimensions[:2] == (width, depth) and side**2 == tokens:
-            return BackboneSpec(arch, patch, side * patch)
-    known = f"{width} wide, {depth} blocks, {tokens} positions; known: {', '.join(ARCHS)}"
-    raise InputError(f"{path}: a ViT of other dimensions ({known})")
-
-
-def load_weights(backbone: Backbone, weights: Weights) -> None:
-    """Load strictly, resampling the position embedding (bicubic) to the backbone's grid.
-
-    Raises InputError listing missing, unexpected and mis-shaped names; never loads in part.
-    """
-    state, own = dict(weights.state), backbone.state_dict()
-    grid = weights.spec.image_size // weights.spec.patch_size
-    if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
-        new_size = list(backbone.patch_embed.grid_size)
-        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size, [grid, grid])
-    shapes = {k: (tuple(state[k].shape), tuple(own[k].shape)) for k in own.keys() & state.keys()}
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": [f"{k} {a} instead of {b}" for k, (a, b) in shapes.items() if a != b],
-    }
-    if any(problems.values()):
-        listed = "".join(f"\n  {k}: {', '.join(v[:8])}" for k, v in problems.items() if v)
-        name = f"{backbone.spec.arch}, patch {backbone.spec.patch_size}"
-        raise InputError(f"{weights.path}: does not fit {name}{listed}")
-    backbone.load_state_dict(state)
-
-
-def load_backbone(weights: Weights) -> Backbone:
-    """Return the frozen backbone of these weights, in evaluation mode."""
-    backbone = Backbone(weights.spec)
-    load_weights(backbone, weights)
-    return backbone.eval().requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------- weights out
-def save_backbone(backbone: Backbone, path: Path, options: dict[str, Any]) -> None:
-    """Write weights under timm's names as safetensors, atomically.
-
-    Metadata: `architecture` (timm's model name where one exists) and `ssrl`, a JSON object with the
-    BackboneSpec (arch, patch_size, image_size, mean, std) and the run's options.
-    """
-    state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
-    meta = json.dumps({"spec": asdict(backbone.spec), "options": options})
-    metadata = {"ssrl": meta, "architecture": backbone.spec.timm_name}
-    write_atomic(path, lambda temporary: save_file(state, temporary, metadata=metadata))
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))

@@ -27,7 +27,8 @@ from layouts import SUFFIXES
 from photographs import PhotographError, load_photograph
 from runs import autocast_dtype, pick_device
 from utils import InputError, RunOptions, log, run_main, sha256_of, write_atomic
-from vision_transformer import Backbone, BackboneOptions, load_backbone
+from vision_transformer import Backbone
+from weights import BackboneOptions, load_backbone
 
 
 @dataclass

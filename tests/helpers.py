@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import vision_transformer
 from features import Evaluation
 from manifest import Manifest, Record, read_manifest, write_manifest
-from vision_transformer import Backbone, BackboneSpec, Weights
+from vision_transformer import Backbone, BackboneSpec
+from weights import Weights, load_backbone
 
 PICO = BackboneSpec("vit_pico", 16, 32)
 
@@ -62,7 +62,7 @@ def evaluation(options, manifest: Manifest, output: Path, seed: int = 0) -> Eval
     """Return what open_evaluation gives for a random backbone, without a run folder."""
     backbone = pico(seed)
     weights = Weights(backbone.state_dict(), PICO, f"pico{seed}.pth", f"sha-{seed}", None, {})
-    frozen = vision_transformer.load_backbone(weights)
+    frozen = load_backbone(weights)
     return Evaluation(options, weights, frozen, None, output, manifest, PICO.image_size)
 
 

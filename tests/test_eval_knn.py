@@ -20,7 +20,7 @@ from eval_knn import Options, evaluate, main
 from features import extract_features
 from manifest import Record
 from utils import InputError
-from vision_transformer import read_weights, save_backbone
+from weights import read_weights, save_backbone
 
 
 def records_of(grades, patients=None):

@@ -20,7 +20,7 @@ from data import PhotographDataset, grades_of
 from eval_linear import Options, Probes, fit, fit_paper, fit_whole, main, probe_input, train_epoch
 from features import extract_features
 from utils import InputError
-from vision_transformer import save_backbone
+from weights import save_backbone
 
 SETTINGS = [(0.5, 0.0), (0.1, 1e-2), (0.01, 0.3), (1e-3, 0.0)]
 

@@ -25,7 +25,7 @@ from layouts import open_data
 from photographs import find_fundus, load_photograph
 from synthetic import DrawnEye, draw_photograph
 from utils import InputError
-from vision_transformer import save_backbone
+from weights import save_backbone
 
 SIZE = 64
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}

@@ -19,7 +19,6 @@ from sklearn.neighbors import KNeighborsClassifier
 import data
 import features
 import metrics
-import vision_transformer
 from augment import PaperView, WholeView
 from data import PhotographDataset, grades_of, patients_of
 from features import (
@@ -35,7 +34,8 @@ from features import (
 from manifest import Manifest, Record, read_manifest, write_manifest
 from metrics import Predictions
 from utils import InputError, sha256_of
-from vision_transformer import Backbone, Weights
+from vision_transformer import Backbone
+from weights import Weights, load_backbone, read_weights
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ def test_features_are_cached_until_something_changes(tmp_path, manifest, monkeyp
 
 
 def features_of(source, manifest, output, **options):
-    weights = vision_transformer.read_weights(str(source), options.get("checkpoint_key", "teacher"))
-    backbone = vision_transformer.load_backbone(weights)
+    weights = read_weights(str(source), options.get("checkpoint_key", "teacher"))
+    backbone = load_backbone(weights)
     e = features.Evaluation(Options(**options), weights, backbone, None, output, manifest, 32)
     return cached_features(e, manifest, manifest.split("val"), WholeView(32))["cls"], backbone
 
@@ -223,7 +223,7 @@ def test_student_and_teacher_of_a_checkpoint_do_not_share_features(tmp_path, man
 
 
 def test_random_weights_are_the_same_each_time_or_have_their_own_name():
-    first, second = (vision_transformer.read_weights("none") for _ in range(2))
+    first, second = (read_weights("none") for _ in range(2))
     same = all(torch.equal(first.state[k], second.state[k]) for k in first.state)
     assert same or first.sha256 != second.sha256
 

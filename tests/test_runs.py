@@ -1,13 +1,9 @@
 """Checkpoints, run folders, devices, progress. Run with `python -m pytest tests/test_runs.py`."""
 
-import argparse
 import io
 import json
-import pickle
-import random
 import signal
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +17,9 @@ from conftest import tiny_values
 import runs
 import SSRL
 import utils
-from runs import Processes, RunFolder, load_torch, save_torch
+from runs import Processes, RunFolder
 from utils import InputError
+from weights import load_torch, save_torch
 
 ONE = Processes(torch.device("cpu"))
 
@@ -183,110 +180,6 @@ def test_names_of_folders(options, tmp_path):
     assert RunFolder.of(o, config, "x").path == Path("runs/first-3")
 
 
-# --------------------------------------------------------------------------------- files of weights
-
-
-class Evil:
-    def __reduce__(self):
-        return Path.touch, (Path("ran.txt"),)
-
-
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"teacher": {"w": torch.ones(2)}, "args": Evil()}, "new.pth")
-    torch.save({"args": Evil()}, "old.pth", _use_new_zipfile_serialization=False)
-    Path("plain.pth").write_bytes(pickle.dumps(Evil()))
-    for name in ("new.pth", "old.pth", "plain.pth"):
-        with pytest.raises(InputError, match=name):
-            load_torch(Path(name))
-    assert not Path("ran.txt").exists()
-    torch.load("new.pth", weights_only=False)
-    assert Path("ran.txt").exists()  # it would have
-
-
-def test_files_of_dino_load(tmp_path):
-    arguments = argparse.Namespace(arch="vit_small", lr=5e-4, scale=(0.4, 1.0), clip=None)
-    content = {
-        "student": {"module.w": torch.arange(3.0)},
-        "args": arguments,
-        "epoch": 3,
-        "loss": np.float64(1.5),
-        "accuracy": np.float32(0.5),
-        "count": np.int64(4),
-    }
-    path = tmp_path / "dino.pth"
-    torch.save(content, path)
-    older = tmp_path / "older.pth"  # as numpy 1 names its scalars
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(older, "w") as target:
-        for name in source.namelist():
-            target.writestr(name, source.read(name).replace(b"numpy._core.", b"numpy.core."))
-    torch.save(content, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    for file in (path, older, tmp_path / "legacy.pth"):
-        loaded = load_torch(file)
-        assert loaded["args"] == arguments and loaded["epoch"] == 3
-        assert (loaded["loss"], loaded["accuracy"], loaded["count"]) == (1.5, 0.5, 4)
-        torch.testing.assert_close(loaded["student"]["module.w"], torch.arange(3.0))
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, 600, -1])
-def test_cut_off_files_are_named(tmp_path, kept):
-    path = tmp_path / "cut.pth"
-    torch.save({"w": torch.arange(200.0)}, path)
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(InputError, match="cut.pth"):
-        load_torch(path)
-
-
-@pytest.mark.parametrize("text", ["<!DOCTYPE html>", "version https://git-lfs.github.com/spec/v1"])
-def test_what_is_no_weights_is_not_called_dangerous(tmp_path, text):
-    path = tmp_path / "page.pth"
-    path.write_text(text)
-    with pytest.raises(InputError, match="page.pth") as caught:
-        load_torch(path)
-    assert "run its code" not in str(caught.value)
-
-
-def test_missing_file_and_folder_are_named(tmp_path):
-    for path in (tmp_path / "absent.pth", tmp_path):
-        with pytest.raises(InputError, match=path.name):
-            load_torch(path)
-
-
-def test_flipped_bits_are_found(tmp_path):
-    path, rng = tmp_path / "flipped.pth", random.Random(0)
-    tensor = torch.arange(50.0)
-    torch.save({"w": tensor, "step": 3}, path)
-    good = path.read_bytes()
-    refused = 0
-    for _ in range(400):
-        data = bytearray(good)
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        path.write_bytes(data)
-        try:
-            loaded = load_torch(path)
-        except InputError as error:
-            assert "flipped.pth" in str(error)
-            refused += 1
-        else:  # a bit that means nothing
-            assert loaded["step"] == 3 and torch.equal(loaded["w"], tensor)
-    assert refused > 50
-
-
-def test_failing_save_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pth"
-    save_torch({"step": 1}, path)
-
-    def full(state, target):
-        Path(target).write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError):
-        save_torch({"step": 2}, path)
-    assert load_torch(path) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
-
-
 # ----------------------------------------------------------------------------- device and precision
 
 
@@ -319,13 +212,85 @@ def test_device_that_is_not_there(monkeypatch):
     ],
 )
 def test_precision_on_a_cpu(monkeypatch, lists, survives, precision, expected):
-    monkeypatch.setattr(runs, "_has_bf16", lambda: lists)
+    monkeypatch.setattr(runs, "_cpu_flags", lambda: {"fma", "avx512_bf16"} if lists else {"fma"})
     monkeypatch.setattr(runs, "_survives_bf16", lambda: survives)
     if expected is InputError:
         with pytest.raises(InputError, match=f"--precision {precision}"):
             runs.autocast_dtype(precision, torch.device("cpu"))
     else:
         assert runs.autocast_dtype(precision, torch.device("cpu")) is expected
+
+
+@pytest.fixture
+def matmul_switch():
+    """torch's switch for oneDNN, as it was."""
+    switch = torch.backends.mkldnn.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "none"
+    yield switch
+    switch.fp32_precision = before
+
+
+def test_matmul_that_was_sped_up_is_that_of_fp32(matmul_switch):
+    """Held against float64, with numbers that bf16 could not hold."""
+    runs.speed_up_matmul()
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(300, 400, generator=generator) + 1 for _ in range(2))
+    expected = a.double() @ b.double().T
+    for found in (a @ b.T, torch.nn.functional.linear(a, b), torch.bmm(a[None], b.T[None])[0]):
+        assert ((found - expected).abs() / expected).max() < 5e-6
+    assert ((a.bfloat16().float() @ b.T - expected).abs() / expected).max() > 1e-4
+
+
+@pytest.mark.parametrize("reason", ["amx", "rounds"])
+def test_matmul_stays_where_speed_would_cost_precision(matmul_switch, monkeypatch, reason):
+    flags = {"avx512f", "amx_bf16"} if reason == "amx" else {"avx512f"}
+    monkeypatch.setattr(runs, "_cpu_flags", lambda: flags)
+    if reason == "rounds":  # as a product in bf16 does
+        product = torch.Tensor.__matmul__
+        rounded = lambda a, b: product(a.bfloat16(), b.bfloat16()).float()  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    runs.speed_up_matmul()
+    assert matmul_switch.fp32_precision == "none"
+
+
+def test_compile_is_refused_on_a_cpu():
+    with pytest.raises(InputError, match="--compile"):
+        runs.compile_networks(torch.nn.Linear(2, 2))
+
+
+# ------------------------------------------------------------------------------------------- memory
+def test_peak_memory_grows_with_what_is_held():
+    before = runs.peak_memory(torch.device("cpu"))
+    held = np.ones(int(before * 1e9 / 8) + 20_000_000)
+    after = runs.peak_memory(torch.device("cpu"))
+    assert after - 0.16 > before > 0.05 and len(held)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "centering", "told"),
+    [
+        (20, 1, "mean", "--batch-size 10 --accumulate 2"),
+        (15, 2, "mean", "--batch-size 5 --accumulate 6"),
+        (1, 1, "mean", "try --checkpointing"),
+        (20, 1, "sinkhorn", "--batch-size 10, other steps"),
+    ],
+)
+def test_out_of_memory_is_told_with_what_may_fit(options, batch, accumulate, centering, told):
+    o = replace(options, batch_size=batch, accumulate=accumulate, centering=centering)
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError]
+    for error in errors if batch == 20 else errors[:1]:
+        named = pytest.raises(InputError, match=f"--batch-size {batch}: out of memory")
+        with named as caught, runs.memory_advice(o):
+            raise error
+        assert told in str(caught.value) and "--checkpointing" in str(caught.value)
+    with pytest.raises(InputError) as caught, runs.memory_advice(replace(o, checkpointing=True)):
+        torch.empty(10**15)
+    assert "--checkpointing" not in str(caught.value)
+
+
+def test_other_errors_are_no_matter_of_memory(options):
+    with pytest.raises(RuntimeError, match="shape"), runs.memory_advice(options):
+        torch.zeros(2).view(3)
 
 
 @pytest.mark.parametrize(

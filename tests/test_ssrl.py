@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import default_collate
 
 import SSRL
-from augment import MultiCrop, apply_color
+from augment import MultiCrop, apply_color, color_views
 from data import PhotographDataset, StepSampler, open_manifest
 from runs import Processes, RunFolder
 from utils import Diverged
@@ -36,6 +36,10 @@ def build(o):
 
 def collate(dataset, indices):
     return default_collate([dataset[(0, index)] for index in indices])
+
+
+def crops_of(run, batch):
+    return color_views(batch, ONE.device, run.options.mean, run.options.std)
 
 
 def copy_of(state):
@@ -115,7 +119,7 @@ def test_schedules(tiny):
 def test_views_are_laid_out_view_by_view(tiny):
     _, run, dataset = build(tiny())
     batch = collate(dataset, [4, 9, 2])
-    large, small = run.views(batch)
+    large, small = crops_of(run, batch)
     assert large.shape == (6, 3, 32, 32) and small.shape == (6, 3, 16, 16)
     mean, std = torch.tensor(run.options.mean), torch.tensor(run.options.std)
     for image, view in itertools.product(range(3), range(4)):
@@ -137,10 +141,10 @@ def test_step_is_the_naive_one(tiny, koleo_weight):
     torch.manual_seed(0)
     state.center.normal_(std=0.1)
     other, _, _ = build(o)
-    batch, center = collate(dataset, range(8)), state.center.clone()
-    measured = SSRL.train_step(state, iter([batch]), run)
+    large, small = crops = crops_of(run, collate(dataset, range(8)))
+    center = state.center.clone()
+    measured = SSRL.train_step(state, iter([crops]), run)
 
-    large, small = run.views(batch)
     embedded = [other.student(v) for v in (large[:8], large[8:], small[:8], small[8:])]
     student = [logits for logits, _ in embedded]
     logits = [other.teacher(v)[0].detach() for v in (large[:8], large[8:])]
@@ -178,7 +182,8 @@ def test_koleo_wants_a_neighbour(tiny):
 def test_logged_loss_is_the_mean_since_the_last_one_whenever_it_stopped(tiny):
     o = tiny(log_every=3)
     state, run, dataset = build(o)
-    batches = [collate(dataset, range(8 * (i % 5), 8 * (i % 5) + 8)) for i in range(6)]
+    starts = (8 * (i % 5) for i in range(6))
+    batches = [crops_of(run, collate(dataset, range(i, i + 8))) for i in starts]
     seen = [SSRL.train_step(state, iter([batch]), run) for batch in batches]
     assert ["teacher_entropy" in m for m in seen] == [False, False, True] * 2
     state, run, _ = build(tiny(log_every=1))
@@ -201,7 +206,7 @@ def test_accumulated_micro_batches_are_one_batch(tiny):
     for size, accumulate in ((8, 1), (4, 2), (2, 4)):
         state, run, dataset = build(tiny(batch_size=size, accumulate=accumulate, **common))
         starts = range(0, 24, size)
-        batches = iter([collate(dataset, range(i, i + size)) for i in starts])
+        batches = iter([crops_of(run, collate(dataset, range(i, i + size))) for i in starts])
         losses = [SSRL.train_step(state, batches, run)["loss"].item() for _ in range(3)]
         found.append((losses, copy_of(state)))
     for losses, tensors in found[1:]:
@@ -212,7 +217,7 @@ def test_accumulated_micro_batches_are_one_batch(tiny):
 
 def test_last_layer_waits(tiny):
     state, run, dataset = build(tiny(warmup_epochs=0, freeze_last_layer=1, lr=0.1))
-    batch = collate(dataset, range(8))
+    batch = crops_of(run, collate(dataset, range(8)))
     names = [n for n, p in state.student.named_parameters() if p.requires_grad]
     for step in range(6):
         before = {n: p.detach().clone() for n, p in state.student.named_parameters()}
@@ -231,7 +236,7 @@ def test_student_comes_to_match_a_teacher_that_stays(tiny, centering):
     changed = {"momentum_teacher": 1.0, "warmup_epochs": 0, "freeze_last_layer": 0, "epochs": 20}
     o = tiny(lr=0.02, batch_size=4, centering=centering, **changed)
     state, run, dataset = build(o)
-    batches = itertools.repeat(collate(dataset, range(4)))
+    batches = itertools.repeat(crops_of(run, collate(dataset, range(4))))
     seen = [SSRL.train_step(state, batches, run) for _ in range(30)]
     excess = [m["loss"].item() - m["teacher_entropy"] * math.log(64) for m in seen]
     assert all(map(math.isfinite, excess)) and 0 < excess[-1] < excess[0] / 2
@@ -239,7 +244,7 @@ def test_student_comes_to_match_a_teacher_that_stays(tiny, centering):
 
 def test_diverged_leaves_all_as_it_was(tiny, monkeypatch):
     state, run, dataset = build(tiny(warmup_epochs=0, lr=0.1))
-    batch = collate(dataset, range(8))
+    batch = crops_of(run, collate(dataset, range(8)))
     SSRL.train_step(state, iter([batch]), run)
     before, real = copy_of(state), SSRL.losses.distillation_loss
     for bad in (math.nan, math.inf):

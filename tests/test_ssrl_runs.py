@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from test_ssrl import flat, same
 
 import SSRL
-from runs import load_torch
 from utils import HERE, InputError, Stopped
+from weights import load_torch
 
 pytestmark = pytest.mark.usefixtures("handlers")
 

@@ -15,8 +15,9 @@ import layouts
 import visualize_attention
 from photographs import load_photograph
 from utils import InputError
-from vision_transformer import BackboneSpec, save_backbone
+from vision_transformer import BackboneSpec
 from visualize_attention import Options, attend, draw, find_photographs, main, strongest
+from weights import save_backbone
 
 ENDINGS = ["", "_head0", "_head1", "_mask", "_mean", "_overlay"]
 
