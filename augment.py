@@ -57,6 +57,12 @@ class MultiCrop:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
 
     @property
+    def min_side(self) -> int:
+        """Side of the smallest photograph (square) of which no crop is enlarged."""
+        narrow = ((r.size, math.sqrt(r.scale[0] * 3 / 4)) for r in self.recipes)  # at 3 to 4
+        return math.ceil(max(size / share for size, share in narrow))
+
+    @property
     def recipes(self) -> list[ViewRecipe]:
         """One recipe a view, global ones first."""
         size, scale = self.global_crop_size, self.global_crops_scale
@@ -92,11 +98,9 @@ class MultiCrop:
         window = draw_window(photograph.shape[-2:], recipe.scale, rng)
         angle = rng.uniform(-self.rotation, self.rotation) if self.rotation else 0.0
         crop = cut(photograph, window, recipe.size, angle)
-        if rng.random() < 0.5:
-            crop = crop.flip(-1)
-        if self.flip_vertical and rng.random() < 0.5:
-            crop = crop.flip(-2)
-        return crop
+        axes = (-1, -2) if self.flip_vertical else (-1,)
+        turned = [axis for axis in axes if rng.random() < 0.5]
+        return crop.flip(turned) if turned else crop
 
 
 def draw_window(
@@ -220,8 +224,8 @@ def color_views(
 def _color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     rows = color.to(crops.device, non_blocking=True)
     matrix, offset = rows[:, :9].view(-1, 3, 3), rows[:, 9:12].view(-1, 3, 1)
-    images = crops.float().div_(255).flatten(2)
-    images = torch.baddbmm(offset, matrix, images).clamp_(0, 1).view(crops.shape)
+    images = torch.baddbmm(offset, matrix / 255, crops.float().flatten(2))
+    images = images.clamp_(0, 1).view(crops.shape)
     blurred = (color[:, 12] > 0).nonzero().squeeze(1)  # on the CPU: no wait for the device
     if len(blurred):
         index = blurred.to(crops.device, non_blocking=True)
@@ -231,7 +235,7 @@ def _color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         index = solarized.to(crops.device, non_blocking=True)
         chosen = images[index]
         images[index] = torch.where(chosen >= rows[index, 13].view(-1, 1, 1, 1), 1 - chosen, chosen)
-    return normalize(images, mean, std)
+    return images.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -264,14 +268,9 @@ def _add_shifted(images: Tensor, kernel: Tensor, reach: int) -> Tensor:
         padded, side = F.pad(images, pad, mode="replicate"), images.shape[dim]
         images = padded.narrow(dim, reach, side) * weights[0]
         for step in range(1, reach + 1):
-            both = (padded.narrow(dim, reach + way * step, side) for way in (-1, 1))
-            images.addcmul_(sum(both), weights[step])
+            before, after = (padded.narrow(dim, reach + way * step, side) for way in (-1, 1))
+            images.addcmul_(before + after, weights[step])
     return images
-
-
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return (images - mean) / std for float images (B, 3, h, w) in 0-1."""
-    return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,8 @@ class PhotographDataset(Dataset):
         seed: int = 0,
         max_bad: float = 0.0,
     ) -> None:
-        self.manifest, self.records = manifest, records
-        self.view, self.seed, self.max_bad = view, seed, max_bad
+        self.manifest, self.records, self.seed, self.max_bad = manifest, records, seed, max_bad
+        self.view, self.min_side = view, getattr(view, "min_side", None)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -192,12 +192,15 @@ class PhotographDataset(Dataset):
         yield from map(int, rng.integers(len(self), size=9))
 
     def read(self, index: int) -> np.ndarray:
-        """Return a photograph as uint8 RGB, square; raises InputError where it cannot be read."""
-        path = self.manifest.root / self.records[index].path
+        """Return a photograph as uint8 RGB, square; raises InputError where it cannot be read.
+
+        A view that tells its `min_side` gets it decoded about as large, and resizes it itself.
+        """
+        path, enough = self.manifest.root / self.records[index].path, self.min_side
         try:
             if self.manifest.prepared:
-                return pad_square(open_photograph(path))
-            return load_photograph(path, RAW_SIZE)
+                return pad_square(open_photograph(path, min_side=enough))
+            return load_photograph(path, max(RAW_SIZE, enough or 0), exact=enough is None)
         except PhotographError as error:
             raise InputError(
                 f"{path}: {error}; mend the file, or run prepare_data.py, which leaves it out"
@@ -270,10 +273,7 @@ def training_loader(
 
 
 def ahead(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    """Iterate; on CUDA a batch ahead, so that making it on the device runs beside a step.
-
-    What `batches` starts on the device goes to a stream of its own.
-    """
+    """Iterate; on CUDA a batch ahead, which is made beside a step, on a stream of its own."""
     if device.type != "cuda":
         yield from batches
         return

@@ -125,11 +125,16 @@ def subtract_local_mean(picture: np.ndarray) -> np.ndarray:
 
 
 def read_photograph(
-    path, size: int = 512, allow_truncated: bool = False, keep_aspect: bool = False
+    path,
+    size: int = 512,
+    allow_truncated: bool = False,
+    keep_aspect: bool = False,
+    exact: bool = True,
 ) -> Photograph:
     """As `load_photograph`, with the fundus's box and the source's width and height.
 
-    `keep_aspect` leaves the padding to a square to the reader.
+    `keep_aspect` leaves the padding to a square to the reader. Not `exact`, the fundus stays as
+    large as it was decoded: at least `size`, unless the source is smaller, for who resizes it.
     """
     # JPEG's own scaling saves time. It is fine as long as the fundus still has to be made smaller.
     for min_side in (size, 2 * size, None):
@@ -140,18 +145,24 @@ def read_photograph(
         box = found or Box(0, 0, image.shape[1], image.shape[0])
         if image.shape[1] == width or max(box.right - box.left, box.bottom - box.top) >= size:
             break
-    picture = (crop_aspect if keep_aspect else crop_square)(image, box, size)
+    if exact:
+        picture = (crop_aspect if keep_aspect else crop_square)(image, box, size)
+    else:
+        picture = pad_square(image[box.top : box.bottom, box.left : box.right])
     x, y = width / image.shape[1], height / image.shape[0]
     box = Box(*(round(at * scale) for at, scale in zip(box, (x, y, x, y), strict=True)))
     return Photograph(picture, box, found is None, width, height)
 
 
-def load_photograph(path, size: int = 512, allow_truncated: bool = False) -> np.ndarray:
+def load_photograph(
+    path, size: int = 512, allow_truncated: bool = False, *, exact: bool = True
+) -> np.ndarray:
     """Decode, crop to the fundus, pad to a square, resize: uint8 RGB (size, size, 3).
 
-    Every raw photograph comes in through here. Raises PhotographError with the reason.
+    Every raw photograph comes in through here. Not `exact`, the side is what decoding gave, at
+    least `size` where the source has it. Raises PhotographError with the reason.
     """
-    return read_photograph(path, size, allow_truncated).picture
+    return read_photograph(path, size, allow_truncated, exact=exact).picture
 
 
 def _decode(path, min_side: int | None, allow_truncated: bool) -> tuple[np.ndarray, int, int]:

@@ -63,6 +63,26 @@ def middle():
 # --------------------------------------------------------------------------------------- multi-crop
 
 
+@pytest.mark.parametrize(
+    "crops", [MultiCrop(), MultiCrop(96, 64, (0.1, 1.0), (0.3, 0.5)), MultiCrop(64, 64)]
+)
+def test_no_crop_of_a_photograph_of_the_least_side_is_enlarged(monkeypatch, crops):
+    """Windows as they are drawn; some of a photograph a tenth smaller are enlarged."""
+    windows = []
+
+    def noted(image, window, size, angle):
+        windows.append(min(window[2:]) - size)
+        return torch.zeros(3, size, size, dtype=torch.uint8)
+
+    monkeypatch.setattr(augment, "cut", noted)
+    for share, enlarged in ((1.0, False), (0.9, True)):
+        side = int(crops.min_side * share)
+        for key in range(400):
+            crops(torch.zeros(3, side, side, dtype=torch.uint8), (key,))
+        assert (min(windows) < -1) == enlarged, min(windows)  # windows are whole pixels
+        windows.clear()
+
+
 @pytest.mark.parametrize("number", [0, 1, 6])
 def test_sizes_and_number_of_views(photograph, number):
     item = MultiCrop(40, 24, local_crops_number=number)(photograph, (0, 0, 0))

@@ -15,7 +15,8 @@ from PIL import Image, ImageFilter
 import data
 from augment import MultiCrop, WholeView
 from data import PhotographDataset, StepSampler, training_loader
-from manifest import read_manifest
+from manifest import Manifest, Record, read_manifest
+from photographs import find_fundus, open_photograph, pad_square
 from runs import Processes
 from utils import InputError
 
@@ -130,6 +131,35 @@ def test_raw_photographs_are_brought_in_prepared_ones_as_they_are(prepared):
     expected = torch.from_numpy(data.load_photograph(prepared / record[0].path, data.RAW_SIZE))
     found = PhotographDataset(raw, list(record), lambda photograph, key: {"image": photograph})[0]
     assert torch.equal(found["image"].permute(1, 2, 0), expected)
+
+
+def test_a_photograph_is_decoded_no_larger_than_crops_need(tmp_path):
+    """Crops of what a quarter of the pixels holds are those of all pixels, to 25 dB."""
+    y, x = np.mgrid[:1024, :1024]
+    waves = [128 + 60 * np.sin(x / s) * np.cos(y / (s + 3)) for s in (9, 14, 23)]
+    inside = (x - 511.5) ** 2 + (y - 511.5) ** 2 < 500**2
+    picture = (np.stack(waves, axis=2) * inside[..., None]).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    records = [Record("a.jpg", None, "a", "", "train")]
+    views = {"crops": MultiCrop(), "whole": WholeView(224)}
+    for prepared in (True, False):
+        manifest = Manifest(tmp_path, tuple(records), prepared, "test")
+        sets = {n: PhotographDataset(manifest, records, v) for n, v in views.items()}
+        small, whole = (sets[name].read(0) for name in views)
+        assert whole.shape[0] == (1024 if prepared else data.RAW_SIZE)
+        if not prepared:  # the fundus alone, as it is
+            left, top, right, bottom = find_fundus(picture)
+            fundus = open_photograph(tmp_path / "a.jpg")[top:bottom, left:right]
+            assert np.array_equal(small, pad_square(fundus)) and small.shape[0] > 960
+            continue
+        assert small.shape[0] == 512 >= MultiCrop().min_side
+        for key in range(5):  # each side's crops of one window
+            found, expected = (
+                MultiCrop()(torch.from_numpy(a).permute(2, 0, 1), (key,)) for a in (small, whole)
+            )
+            for name in ("global", "local"):
+                error = (found[name].float() - expected[name].float()).square().mean()
+                assert error < 255**2 / 10**2.5, (key, name)
 
 
 def test_workers_change_nothing(prepared):
