@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -52,6 +55,11 @@ def enlarge(source: Path, target: Path, size: tuple[int, int] = EYEPACS, seed: i
     return target
 
 
+def has_lightly() -> bool:
+    """Say whether lightly, the third side, is installed (requirements-bench.txt)."""
+    return importlib.util.find_spec("lightly") is not None
+
+
 def timed(call: Callable[[], object], device: torch.device | None = None) -> float:
     """Return the seconds that a call takes, what it starts on a GPU included."""
     wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
@@ -89,32 +97,37 @@ def alternate_apart(
     """
     context, members = multiprocessing.get_context("spawn"), {}
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for name, make in sides.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, make, threads), daemon=True)
-        process.start()
-        theirs.close()  # so that its end is noticed
-        members[name] = ours
-        ours.recv()
-    for count in range(-1, rounds):  # once uncounted, to warm up
-        for name, connection in members.items():
-            connection.send(True)
-            seconds = connection.recv()
-            if count >= 0:
-                times[name].append(seconds)
-    for connection in members.values():
-        connection.send(False)
-    return times, {name: connection.recv() for name, connection in members.items()}
+    with contextlib.ExitStack() as stack:  # a process ends when nobody listens to it
+        for name, make in sides.items():
+            ours, theirs = context.Pipe()
+            members[name] = stack.enter_context(ours)
+            how = (theirs, make, threads, multiprocessing.get_start_method())
+            context.Process(target=_serve, args=how).start()
+            theirs.close()
+            ours.recv()
+        for count in range(-1, rounds):  # once uncounted, to warm up
+            for name, connection in members.items():
+                connection.send(True)
+                seconds = connection.recv()
+                if count >= 0:
+                    times[name].append(seconds)
+        for connection in members.values():
+            connection.send(False)
+        return times, {name: connection.recv() for name, connection in members.items()}
 
 
-def _serve(connection: Connection, make: Callable[[], Callable[[], object]], threads: int) -> None:
+def _serve(
+    connection: Connection, make: Callable[[], Callable[[], object]], threads: int, start: str
+) -> None:
     """Time a side's call whenever told to; then tell the peak memory."""
+    multiprocessing.set_start_method(start, force=True)  # loaders begin as in a program's own
     torch.set_num_threads(threads)
     call = make()
     connection.send("ready")
-    while connection.recv():
-        connection.send(timed(call))
-    connection.send(peak_memory())
+    with contextlib.suppress(EOFError):
+        while connection.recv():
+            connection.send(timed(call))
+        connection.send(peak_memory())
 
 
 def compare(times: dict[str, list[float]], images: int = 1) -> dict[str, Any]:
@@ -154,7 +167,9 @@ def machine() -> dict[str, Any]:
     model = re.search(r"model name\s*:\s*(.*)", text)
     cpu = model[1].strip() if model else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads()} | runs.versions()
+    lightly = {"lightly": importlib.metadata.version("lightly")} if has_lightly() else {}
+    about = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads()}
+    return about | runs.versions() | lightly
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
