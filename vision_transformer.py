@@ -7,7 +7,6 @@ Shapes: B batch, N tokens, D width, H heads, K prototypes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,23 +133,8 @@ def run_block(block: nn.Module, x: Tensor, cls_only: bool = False) -> Tensor:
     Where [CLS] alone is read, a block needs the keys and values of all tokens, and nothing else.
     """
     out = x[:, :1] if cls_only else x
-    out = _add(out, x, lambda some: _attend(block, some, cls_only), block.drop_path1)
-    return _add(out, out, lambda some: block.mlp(block.norm2(some)), block.drop_path2)
-
-
-def _add(x: Tensor, source: Tensor, branch: Callable[[Tensor], Tensor], drop: nn.Module) -> Tensor:
-    """Return x plus a residual branch of `source`, of those samples that stochastic depth keeps.
-
-    As timm's DropPath it keeps each with probability 1 - rate and divides it by that (arXiv
-    1603.09382), but what is dropped is not computed.
-    """
-    rate = getattr(drop, "drop_prob", 0.0) if drop.training else 0.0
-    if not rate or torch.compiler.is_compiling():  # which takes no shapes that depend on chance
-        return x + drop(branch(source))
-    kept = (torch.rand(len(x)) >= rate).nonzero().squeeze(1)  # on the CPU: no wait for a device
-    kept = kept.to(x.device, non_blocking=True)
-    found = branch(source.index_select(0, kept)).to(x.dtype)
-    return x.index_add(0, kept, found, alpha=1 / (1 - rate))
+    out = out + block.drop_path1(_attend(block, x, cls_only))
+    return out + block.drop_path2(block.mlp(block.norm2(out)))
 
 
 def _attend(block: nn.Module, x: Tensor, cls_only: bool) -> Tensor:

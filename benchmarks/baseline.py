@@ -96,8 +96,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        kept = (torch.rand(len(x)) >= self.rate).to(x.device)
-        return x * kept.view(-1, 1, 1) / (1 - self.rate)
+        kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate)
+        return x * kept / (1 - self.rate)
 
 
 class Attention(nn.Module):

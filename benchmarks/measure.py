@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -88,12 +87,16 @@ def alternate(
 
 
 def alternate_apart(
-    sides: dict[str, Callable[[], Callable[[], object]]], rounds: int, threads: int
+    sides: dict[str, Callable[[], Callable[[], object]]],
+    rounds: int,
+    threads: int,
+    device: str = "cpu",
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """As `alternate`, each side in a process of its own that waits while another one works.
 
     A side is a picklable function that makes the call to time: memory is then handled as the side's
-    own program handles it. Also returns the peak memory of each, with its start, in MB.
+    own program handles it. Also returns the peak memory of each, with its start, in MB; on CUDA
+    that of the GPU.
     """
     context, members = multiprocessing.get_context("spawn"), {}
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -101,7 +104,7 @@ def alternate_apart(
         for name, make in sides.items():
             ours, theirs = context.Pipe()
             members[name] = stack.enter_context(ours)
-            how = (theirs, make, threads, multiprocessing.get_start_method())
+            how = (theirs, make, threads, device, multiprocessing.get_start_method())
             context.Process(target=_serve, args=how).start()
             theirs.close()
             ours.recv()
@@ -117,7 +120,11 @@ def alternate_apart(
 
 
 def _serve(
-    connection: Connection, make: Callable[[], Callable[[], object]], threads: int, start: str
+    connection: Connection,
+    make: Callable[[], Callable[[], object]],
+    threads: int,
+    device: str,
+    start: str,
 ) -> None:
     """Time a side's call whenever told to; then tell the peak memory."""
     multiprocessing.set_start_method(start, force=True)  # loaders begin as in a program's own
@@ -126,8 +133,8 @@ def _serve(
     connection.send("ready")
     with contextlib.suppress(EOFError):
         while connection.recv():
-            connection.send(timed(call))
-        connection.send(peak_memory())
+            connection.send(timed(call, torch.device(device)))
+        connection.send(round(1000 * runs.peak_memory(torch.device(device)), 1))
 
 
 def compare(times: dict[str, list[float]], images: int = 1) -> dict[str, Any]:
@@ -150,12 +157,6 @@ def compare(times: dict[str, list[float]], images: int = 1) -> dict[str, Any]:
 
 
 STATISTICS = {"median_s": statistics.median, "least_s": min, "largest_s": max}
-
-
-def peak_memory() -> float:
-    """Return this process's largest resident memory so far, in MB."""
-    unit = 2**20 if platform.system() == "Darwin" else 2**10  # bytes there, KB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def machine() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 from torch import nn
 
+import vision_transformer as vt
 from utils import InputError
 from vision_transformer import Backbone, BackboneSpec, ProjectionHead
 
@@ -60,6 +61,71 @@ def test_output_and_gradients_are_timms(size, batch, training):
     for name, expected in found["theirs"].items():
         error = (found["mine"][name] - expected).abs().max()
         assert error <= 1e-5 * max(1.0, float(expected.abs().max())), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stochastic_depth_and_checkpointing_are_timms(checkpointing):
+    """The same samples are dropped from the same state of the generator."""
+    rate = 0.4
+    theirs = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, drop_path_rate=rate)
+    theirs.reset_classifier(0)
+    mine = Backbone(TINY, rate)
+    mine.checkpointing = checkpointing
+    images, found = torch.randn(6, 3, 96, 96), {}
+    for name, model in (("theirs", theirs), ("mine", mine)):
+        model.load_state_dict(reference().state_dict())
+        torch.manual_seed(3)
+        output = model.train()(images)
+        output.square().sum().backward()
+        found[name] = [output.detach(), *(p.grad for p in model.parameters())]
+    dropped = [torch.equal(a, reference()(images)) for a in found["mine"][:1]]
+    assert dropped == [False], "something was dropped"
+    for one, other in zip(*found.values(), strict=True):
+        assert (one - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
+
+
+def test_checkpointing_keeps_less_for_gradients(monkeypatch):
+    """Bytes that a forward pass leaves for the backward one."""
+    images, kept = torch.randn(4, 3, 224, 224), {}
+    for checkpointing in (False, True):
+        backbone, sizes = ours().train(), {}
+        backbone.checkpointing = checkpointing
+
+        def note(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = backbone(images)
+        kept[checkpointing] = sum(sizes.values())
+        assert output.requires_grad
+    assert 5 * kept[True] < kept[False]
+
+
+@pytest.mark.parametrize(("tokens", "asked"), [(5, 5), (200, 1), (1024, 3), (1025, 3), (1025, 1)])
+def test_attention_is_the_naive_one(tokens, asked):
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, asked, 16, requires_grad=True)
+    k, v = (torch.randn(2, 3, tokens, 16, requires_grad=True) for _ in range(2))
+    found, slope = vt.attention(q, k, v), torch.randn(2, 3, asked, 16)
+    grads = torch.autograd.grad((found * slope).sum(), (q, k, v))
+    weights = torch.einsum("bhid,bhjd->bhij", q.double(), k.double()).div(4).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = torch.einsum("bhij,bhjd->bhid", weights, v.double())
+    assert (found - expected).abs().max() < 1e-5
+    wanted = torch.autograd.grad((expected * slope).sum(), (q, k, v))
+    for one, other in zip(grads, wanted, strict=True):
+        assert (one - other).abs().max() < 1e-5
+
+
+def test_attention_of_many_tokens_keeps_no_weights():
+    """For 4,096 tokens they would take 64 MiB a head; outputs take 1."""
+    q, k, v = (torch.randn(1, 1, 4096, 64, requires_grad=True) for _ in range(3))
+    sizes = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes), lambda t: t)
+    with hooks:
+        vt.attention(q, k, v)
+    assert max(sizes) < 4_000_000
 
 
 @pytest.mark.parametrize("size", [(96, 96), (224, 224), (160, 96)])
