@@ -293,11 +293,13 @@ class PaperView:
 
 @dataclass(frozen=True)
 class ProbeView:
-    """The published linear probe's training view: a crop of area 0.08-1, flipped or not, at 224."""
+    """The published linear probe's training view: a crop of area 0.08-1, flipped or not."""
+
+    size: int = 224
 
     def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
         rng = np.random.default_rng(key)
-        crop = cut(photograph, draw_window(photograph.shape[-2:], (0.08, 1.0), rng), 224)
+        crop = cut(photograph, draw_window(photograph.shape[-2:], (0.08, 1.0), rng), self.size)
         return {"image": crop.flip(-1) if rng.random() < 0.5 else crop}
 
 

@@ -10,6 +10,7 @@ predictions.csv, confusion.png, head.safetensors. Shapes: S settings, F features
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -67,6 +68,9 @@ class Options(BackboneOptions, DataOptions, RunOptions):
     """What the best setting and epoch are best at, on val."""
     features: Literal["backbone", "color"] = "backbone"
     """color: mean and deviation of RGB alone, the least that a backbone must beat."""
+    views: int = 0
+    """Random crops of each training photograph to fit on, one an epoch, made and cached once; 0:
+    the whole view alone."""
     protocol: Literal["whole", "paper"] = "whole"
     """The whole fundus, or the published one: random crops, one setting, best epoch on test."""
     test_data: tuple[str, ...] = ()
@@ -75,10 +79,19 @@ class Options(BackboneOptions, DataOptions, RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_options(self, "epochs batch_size", lambda v: v >= 1, "1 or more")
+        check_options(self, "views", lambda v: 0 <= v <= self.epochs, "0 to --epochs")
         check_options(self, "lr", lambda v: all(0 < x < np.inf for x in v), "numbers above 0")
         check_options(self, "weight_decay", lambda v: all(0 <= x < np.inf for x in v), "0 or more")
         if self.protocol == "paper":
-            fixed = ("lr", "weight_decay", "image_size", "features", "batch_size", "select")
+            fixed = (
+                "lr",
+                "weight_decay",
+                "image_size",
+                "features",
+                "batch_size",
+                "select",
+                "views",
+            )
             plain = {f.name: f.default for f in fields(self)}
             changed = [n for n in fixed if getattr(self, n) != plain[n]]
             if changed:
@@ -184,20 +197,25 @@ def fit(
 
 
 def fit_whole(e: Evaluation, o: Options, records: list[Record]) -> tuple[Tensor, Tensor, list[Any]]:
-    """Fit on cached features of the whole view, standardised by train's; choose on val.
+    """Fit on cached features of the whole view, or of `--views`, standardised; choose on val.
 
     The standardisation is folded into the weight (F, G) and bias (G,) returned.
     """
-    view, arch = WholeView(e.image_size), e.weights.spec.arch
+    whole, crop = WholeView(e.image_size), ProbeView(e.image_size)
     val = graded(e.manifest, e.manifest.split("val"), "val")
-    x, held = (
-        probe_input(cached_features(e, e.manifest, r, view), arch, o) for r in (records, val)
-    )
-    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
-    epochs = iter(lambda: (x - mean) / std, None)
+
+    def features_of(rows: list[Record], view: Any, seed: int = 0) -> Tensor:
+        found = cached_features(e, e.manifest, rows, view, seed)
+        return probe_input(found, e.weights.spec.arch, o)
+
+    xs = [features_of(records, crop, seed) for seed in range(o.views)]
+    xs, held = xs or [features_of(records, whole)], features_of(val, whole)
+    mean, std = xs[0].mean(dim=0), xs[0].std(dim=0).clamp(min=1e-6)
+    for x in (*xs, held):
+        x.sub_(mean).div_(std)
     settings = [(lr, decay) for lr in o.lr for decay in o.weight_decay]
-    grades = torch.from_numpy(grades_of(records))
-    weight, bias, rows = fit(epochs, grades, (held - mean) / std, grades_of(val), o, settings)
+    grades, truth = torch.from_numpy(grades_of(records)), grades_of(val)
+    weight, bias, rows = fit(itertools.cycle(xs), grades, held, truth, o, settings)
     weight = weight / std.unsqueeze(1)
     return weight, bias - mean @ weight, rows
 
@@ -242,8 +260,8 @@ def main(o: Options, config: Path | None) -> None:
     protocol = f"linear probe, whole view of {e.image_size} px, epoch and setting chosen on val"
     if o.protocol == "paper":
         protocol = "linear probe, the paper's: best epoch on the test split"
-    if o.features == "color":
-        protocol += ", on colour alone"
+    protocol += ", on colour alone" * (o.features == "color")
+    protocol += f", fitted on {o.views} random crops of each photograph" * (o.views > 0)
     check_results(e, sets, protocol)
     records = graded(e.manifest, e.manifest.split("train"), "train")
     if o.protocol == "paper":

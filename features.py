@@ -286,19 +286,20 @@ def check_results(
 
 
 def cached_features(
-    e: Evaluation, manifest: Manifest, records: list[Record], view: View
+    e: Evaluation, manifest: Manifest, records: list[Record], view: View, seed: int = 0
 ) -> dict[str, Tensor]:
     """Return the records' features, from the cache beside the results where they are in it.
 
-    Keyed by weights, photographs, view and precision.
+    Keyed by weights, photographs, view and precision; random views by their `seed`, too.
     """
     rows = [(r.path, r.sha256 or _stamp(manifest.root / r.path)) for r in records]
     key = (e.weights.sha256, e.weights.network, manifest.fingerprint, rows, view, str(e.dtype))
+    key += (seed,) if seed else ()
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     beside = e.output if e.options.output_dir else e.output.parent
     path = beside / "features" / f"{name}.safetensors"
     if not path.is_file():
-        dataset = PhotographDataset(manifest, records, view)
+        dataset = PhotographDataset(manifest, records, view, seed)
         found = extract_features(e.backbone, dataset, e.dtype, e.options.workers, "features")
         write_atomic(path, lambda temporary: save_file(found, temporary))
     return load_file(path)

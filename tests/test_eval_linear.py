@@ -15,6 +15,7 @@ from sklearn import metrics as sk
 from torch.nn import functional as F
 
 import eval_linear
+import features
 from augment import ProbeView
 from data import PhotographDataset, grades_of
 from eval_linear import Options, Probes, fit, fit_paper, fit_whole, main, probe_input, train_epoch
@@ -208,6 +209,9 @@ def test_input_by_architecture_and_protocol(arch, protocol, width):
         {"batch_size": 0},
         {"features": "color", "protocol": "paper"},
         {"select": "accuracy", "protocol": "paper"},
+        {"views": 2, "protocol": "paper"},
+        {"views": -1},
+        {"views": 101},
     ],
 )
 def test_options_that_cannot_be_are_refused(changed):
@@ -259,6 +263,38 @@ def test_standardisation_is_folded_into_the_head(manifest, tmp_path, monkeypatch
     assert kept["grades"].tolist() == grades_of(records).tolist()
     assert kept["settings"] == [(lr, d) for lr in (0.01, 0.1) for d in (0.0, 0.1, 0.2)]
     assert len(rows) == 6
+
+
+def test_views_are_made_once_and_fitted_on_in_turn(manifest, tmp_path, monkeypatch):
+    """Each epoch's features are those of its own random crops, by a backbone run once for each."""
+    ran, seen = [], []
+
+    def counted(backbone, dataset, *how):
+        ran.append((dataset.view, dataset.seed, len(dataset)))
+        return extract_features(backbone, dataset)
+
+    def spy(train, grades, held, truth, o, settings):
+        seen.append([next(train).clone() for _ in range(o.epochs)])
+        return torch.zeros(128, 5), torch.zeros(5), []
+
+    monkeypatch.setattr(features, "extract_features", counted)
+    monkeypatch.setattr(eval_linear, "fit", spy)
+    o, records = options(views=3, epochs=5), manifest.split("train")
+    e = helpers.evaluation(o, manifest, tmp_path / "linear")
+    for _ in range(2):
+        fit_whole(e, o, records)
+    crop, whole = ProbeView(32), eval_linear.WholeView(32)
+    assert ran == [(crop, seed, 40) for seed in range(3)] + [(whole, 0, 20)], "twice from the cache"
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    first = [
+        extract_features(e.backbone, PhotographDataset(manifest, records, crop, seed))["cls"]
+        for seed in range(3)
+    ]
+    mean, std = first[0].flatten(1).mean(0), first[0].flatten(1).std(0)
+    for epoch, found in enumerate(seen[0]):
+        expected = (first[epoch % 3].flatten(1) - mean) / std
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(seen[0][0], seen[0][1], atol=0.1)
 
 
 def test_the_test_split_does_not_move_the_head_but_val_does(manifest, tmp_path):
