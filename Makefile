@@ -4,7 +4,7 @@ BIN = .venv/bin
 RUN = runs/demo
 DRAWN = $${XDG_CACHE_HOME:-$$HOME/.cache}/ssrl/synthetic-1000-*/images
 
-.PHONY: test demo
+.PHONY: test demo bench
 
 $(BIN)/installed: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -24,3 +24,13 @@ demo: $(BIN)/installed
 	$(BIN)/python eval_linear.py --pretrained $(RUN)
 	$(BIN)/python visualize_attention.py --pretrained $(RUN) --image $(DRAWN)/p000[0-3]_left.jpg
 	$(BIN)/python -m tools.report --table $(RUN)
+
+# every speed figure of a CPU, in some 17 minutes on two cores: make bench PHOTOGRAPHS=folder
+bench: $(BIN)/installed
+	@test -d "$(PHOTOGRAPHS)" || { echo "say which photographs: make bench PHOTOGRAPHS=folder"; exit 2; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python -m benchmarks.bench_prepare --photographs "$(PHOTOGRAPHS)"
+	$(BIN)/python -m benchmarks.bench_data --photographs "$(PHOTOGRAPHS)"
+	$(BIN)/python -m benchmarks.bench_step --photographs "$(PHOTOGRAPHS)"
+	$(BIN)/python -m benchmarks.bench_train --photographs "$(PHOTOGRAPHS)"
+	$(BIN)/python -m benchmarks.bench_eval

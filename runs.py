@@ -23,11 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 from utils import HERE, InputError, dump_options, log, split_log, write_atomic, write_record
 from weights import load_torch
 
@@ -166,10 +161,15 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 def _cpu_flags() -> set[str]:
     """Return what this CPU says it can; only Linux tells."""
+    return set(_proc("cpuinfo").split())
+
+
+def _proc(name: str) -> str:
+    """Return what Linux tells under /proc; nothing where there is none."""
     try:
-        return set(Path("/proc/cpuinfo").read_text(errors="ignore").split())
+        return Path("/proc", name).read_text(errors="ignore")
     except OSError:
-        return set()
+        return ""
 
 
 def _survives_bf16() -> bool:
@@ -210,13 +210,13 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most GB that this process has held so far: of a GPU, else of main memory."""
+    """Return the most GB that this process held: of a GPU, else of main memory (0: no Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
-    unit = 1e9 if sys.platform == "darwin" else 1e9 / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
+    held = re.search(r"VmHWM:\s*(\d+)", _proc("self/status"))
+    return int(held[1]) * 1024 / 1e9 if held else 0.0
 
 
 @contextlib.contextmanager

@@ -308,8 +308,9 @@ class Progress:
         numbers = {k: v for k, v in record.items() if isinstance(v, float)}
         for name, value in numbers.items() if self.events else ():
             self.events.add_scalar(name, value, self.step)
-        shown = "epoch loss lr images_per_s data_wait rankme knn_accuracy knn_majority knn_qwk"
-        text = ", ".join(f"{k} {numbers[k]:.4g}" for k in shown.split() if k in numbers)
+        shown = "epoch loss lr images_per_s data_wait memory_gb rankme knn_accuracy knn_majority"
+        names = [*shown.split(), "knn_qwk"]
+        text = ", ".join(f"{k} {numbers[k]:.4g}" for k in names if k in numbers)
         if "knn_qwk" in record:
             said = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk {knn_qwk:.3f}"
             self.knn = said.format(**record)
