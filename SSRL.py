@@ -232,8 +232,7 @@ class Run:
 def train_step(state: State, batches: Iterator[list[Tensor]], run: Run) -> dict[str, Any]:
     """Take one step over `accumulate` micro-batches and return its measurements.
 
-    `batches` gives the crops of each as `augment.color_views` does. Raises Diverged on every
-    process when the loss of any is not finite.
+    `batches` gives the crops of each, as `augment.color_views` does. May raise Diverged.
     """
     o, now, device = run.options, run.schedule(state.step), run.processes.device
     for group, decays in zip(state.optimizer.param_groups, (1, 0), strict=True):
@@ -317,10 +316,10 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     Each on its own, as DINO does, not all together. Returns the largest norm before, a scalar.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads)
+    norms = torch.stack(torch._foreach_norm(grads))
     if limit:
-        torch._foreach_mul_(grads, [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
-    return torch.stack(norms).amax()
+        torch._foreach_mul_(grads, (limit / (norms + 1e-6)).clamp(max=1.0).unbind())
+    return norms.amax()
 
 
 @torch.no_grad()
@@ -348,6 +347,8 @@ def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -
         progress.update(train_step(state, batches, run), state.step / per_epoch)
         epoch, within = divmod(state.step, per_epoch)
         began, stopped = time.monotonic(), stop.agreed()
+        if within == 0 or stopped:
+            check_finite(state.losses, state.step)  # on all processes
         if main and (within == 0 or stopped or began - saved > 60 * o.save_minutes):
             save(state, run, epoch if within == 0 else None)
             saved = time.monotonic()
@@ -403,8 +404,8 @@ def build_run(
     """Return the untrained state and the run's constants."""
     student, teacher = wrapped, _ = [net.to(processes.device) for net in build_networks(o)]
     student.backbone.checkpointing = o.checkpointing
-    if o.compile:
-        runs.compile_networks(student, teacher)
+    for network in (student, teacher) if o.compile else ():
+        network.compile()
     if processes.world > 1:
         cuda = processes.device.type == "cuda"
         if o.use_bn_in_head and cuda:  # batch norm over all processes; gloo has no kernel for it
@@ -424,6 +425,8 @@ def main(o: Options, config: Path | None) -> None:
     folder = runs.RunFolder.of(o, config, "eyepacs_vits16")
     with runs.process_group(o.device) as processes:
         hint = "; for EyePACS: python SSRL.py --data FOLDER" if config == DEMO else ""
+        if o.compile and processes.device.type != "cuda":
+            raise utils.InputError("--compile: gains something on CUDA alone; leave it out")
         log.info("recipe: %s%s", config or "the defaults, configs/eyepacs_vits16.yaml", hint)
         with processes.main_first():  # draws synthetic photographs once
             manifest = data.open_manifest(o.data)
@@ -431,17 +434,17 @@ def main(o: Options, config: Path | None) -> None:
         sampler = data.StepSampler(len(records), o.batch_size, o.accumulate, processes, o.seed)
         checkpoint = folder.open(o, manifest.fingerprint, RESUMABLE, processes)
         start = replace(o, init="none") if checkpoint else o  # the checkpoint has the weights
-        state, run = build_run(start, processes, folder, sampler)
-        if checkpoint:
-            state.load_state_dict(checkpoint)
-            log.info("resumed at step %d of %d", state.step, run.total_steps)
-        if state.step == run.total_steps:
-            log.info("%s is finished (%d epochs); --overwrite starts anew", folder.path, o.epochs)
-            return
         crops = MultiCrop(**{name: getattr(o, name) for name in MultiCrop.__dataclass_fields__})
         dataset = Dataset(manifest, records, crops, o.seed, o.max_bad)
         with runs.memory_advice(o):
-            train(state, run, dataset, sampler)
+            state, run = build_run(start, processes, folder, sampler)
+            if checkpoint:
+                state.load_state_dict(checkpoint)
+                log.info("resumed at step %d of %d", state.step, run.total_steps)
+            if state.step < run.total_steps:
+                train(state, run, dataset, sampler)
+            else:
+                log.info("%s is finished; --overwrite starts anew", folder.path)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Strengths are DINO's (arXiv 2104.14294, appendix; BYOL's before it).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,6 +205,12 @@ def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tens
     return torch.cat([_color(images, rows, mean, std) for images, rows in parts])
 
 
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, brought there once: a GPU would be waited for."""
+    return torch.tensor(values, device=device)
+
+
 def color_views(
     batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
 ) -> list[Tensor]:
@@ -212,7 +219,7 @@ def color_views(
     Returns a tensor for each resolution, views as the outer dimension: (2 B, 3, G, G), and
     (V B, 3, L, L) if V is not 0. `mean` and `std` are RGB's, 0 to 1.
     """
-    center, spread = (torch.tensor(v, device=device) for v in (mean, std))
+    center, spread = (_constant(tuple(v), device) for v in (mean, std))
     crops = []
     for kind, color in (("global", batch["color"][:, :2]), ("local", batch["color"][:, 2:])):
         images = batch[kind].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)

@@ -208,14 +208,19 @@ def fit_whole(e: Evaluation, o: Options, records: list[Record]) -> tuple[Tensor,
         found = cached_features(e, e.manifest, rows, view, seed)
         return probe_input(found, e.weights.spec.arch, o)
 
-    xs = [features_of(records, crop, seed) for seed in range(o.views)]
-    xs, held = xs or [features_of(records, whole)], features_of(val, whole)
-    mean, std = xs[0].mean(dim=0), xs[0].std(dim=0).clamp(min=1e-6)
-    for x in (*xs, held):
-        x.sub_(mean).div_(std)
+    sources = [(crop, o.seed * 100_003 + number) for number in range(o.views)] or [(whole, 0)]
+    first, held = features_of(records, *sources[0]), features_of(val, whole)
+    mean, std = first.mean(dim=0), first.std(dim=0).clamp(min=1e-6)
+
+    def epochs() -> Iterator[Tensor]:  # one view at a time, since ten may fill the memory
+        if len(sources) == 1:
+            yield from itertools.repeat((first - mean) / std)
+        for view, seed in itertools.cycle(sources):
+            yield (features_of(records, view, seed) - mean) / std
+
     settings = [(lr, decay) for lr in o.lr for decay in o.weight_decay]
     grades, truth = torch.from_numpy(grades_of(records)), grades_of(val)
-    weight, bias, rows = fit(itertools.cycle(xs), grades, held, truth, o, settings)
+    weight, bias, rows = fit(epochs(), grades, (held - mean) / std, truth, o, settings)
     weight = weight / std.unsqueeze(1)
     return weight, bias - mean @ weight, rows
 

@@ -103,14 +103,6 @@ def distribute(module: torch.nn.Module) -> torch.nn.parallel.DistributedDataPara
     return wrapper(module, gradient_as_bucket_view=True, **{sync: False})
 
 
-def compile_networks(*networks: torch.nn.Module) -> None:
-    """Let torch.compile fuse operations, in place, in minutes; InputError for other than CUDA."""
-    if not all(p.is_cuda for network in networks for p in network.parameters()):
-        raise InputError("--compile: gains something on CUDA alone; leave it out")
-    for network in networks:
-        network.compile()
-
-
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device for auto, cpu, cuda or mps; raises InputError when it is not there."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -187,7 +179,8 @@ def _survives_bf16() -> bool:
 def commit() -> str:
     """Return this checkout's commit, "-modified" where files differ; empty without git."""
     said = []
-    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain")):
+    status = ("status", "--porcelain", "--", str(HERE), ":!benchmarks/results")
+    for arguments in (("rev-parse", "HEAD"), status):
         try:
             command = ["git", "-C", str(HERE), *arguments]
             run = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -212,7 +205,7 @@ def versions() -> dict[str, str]:
 def peak_memory(device: torch.device) -> float:
     """Return the most GB that this process held: of a GPU, else of main memory (0: no Linux)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_reserved(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
     held = re.search(r"VmHWM:\s*(\d+)", _proc("self/status"))
@@ -225,17 +218,21 @@ def memory_advice(options: Any) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's is the latter, on GPU and CPU
-        text = str(error) or "MemoryError: out of memory"
-        if not re.search(r"(?i)out of memory|can't allocate memory|not enough memory", text):
+        short = r"(?i)out of memory|can't allocate memory|not enough memory|MemoryError"
+        if not (isinstance(error, MemoryError) or re.search(short, str(error))):
             raise
-        size, parts = options.batch_size, options.accumulate
-        part = next((n for n in range(2, size + 1) if size % n == 0), 0)
-        advice = f"--batch-size {size // part} --accumulate {parts * part}" if part else ""
-        if part and options.centering == "sinkhorn":
-            advice = f"--batch-size {size // part}, other steps (Sinkhorn-Knopp takes it at once)"
-        also = [advice, "" if options.checkpointing else "--checkpointing, slower", "smaller crops"]
-        told = f"{', or '.join(filter(None, also))} ({text.splitlines()[0]})"
-        raise InputError(f"--batch-size {size}: out of memory; try {told}") from None
+        o, size = options, options.batch_size
+        least = 2 if o.koleo_weight else 1
+        part = next((n for n in range(2, size + 1) if size % n == 0 and size // n >= least), 0)
+        alike = o.centering == "mean" and not (o.koleo_weight or o.use_bn_in_head)
+        advice = f"--batch-size {size // part}" if part else ""
+        if part and alike:
+            advice += f" --accumulate {o.accumulate * part}, which makes the same steps"
+        elif part:
+            advice += ", which makes other steps"
+        also = [advice, "" if o.checkpointing else "--checkpointing, slower", "smaller crops"]
+        told = f"{'; or '.join(filter(None, also))}; in a new --output-dir or with --overwrite"
+        raise InputError(f"--batch-size {size}: out of memory; try {told}") from error
 
 
 # -------------------------------------------------------------------------- folder, progress, stop

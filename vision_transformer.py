@@ -22,7 +22,7 @@ from utils import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MOST_TOKENS = 1024  # whose attention a CPU computes with its weights in memory
+MOST_WEIGHTS = 2**27  # of attention, over batch and heads, that a CPU computes in memory
 
 ARCHS = {  # width, blocks, heads; each width stands for one number of heads
     "vit_pico": (64, 2, 2),
@@ -159,9 +159,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for q (B, H, M, d), k and v (B, H, N, d).
 
     A GPU has a kernel for it all. A CPU's takes 1.5 to 12 times as long as two products, and is
-    for so many tokens that their (N, N) weights would fill the memory.
+    for so many tokens and images that their (B, H, M, N) weights would fill the memory.
     """
-    if q.device.type != "cpu" or k.shape[2] > MOST_TOKENS:
+    if q.device.type != "cpu" or q[..., 0].numel() * k.shape[2] > MOST_WEIGHTS:
         return F.scaled_dot_product_attention(q, k, v)
     return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 import prepare_data
@@ -113,15 +114,17 @@ def side_by_side(sources: list[Path], rounds: int) -> dict[str, Any]:
     return measure.compare(json.loads(said.stdout), 24 * len(sources))
 
 
-def worker_memory(photograph: Path, folder: Path) -> float:
-    """Return the peak memory in MB of a fresh process that prepares one photograph (Linux)."""
+def worker_memory(photographs: list[Path], folder: Path) -> float:
+    """Return the peak memory in MB of a fresh process that prepares them all (Linux)."""
     code = (
-        "import re, sys; from pathlib import Path; import prepare_data as p; "
-        f"p.prepare_photograph(p.Task('a', Path(sys.argv[1]), Path(sys.argv[2]), {SIZE})); "
+        "import re, sys; from pathlib import Path; import prepare_data as p, utils; "
+        "utils.keep_freed_memory(); "
+        f"made = [p.Task('a', Path(s), Path(sys.argv[1]), {SIZE}) for s in sys.argv[2:]]; "
+        "assert all('sha256' in p.prepare_photograph(task) for task in made); "
         "said = Path('/proc/self/status').read_text(); "
         "print(int(re.search('VmHWM:[^0-9]*([0-9]+)', said)[1]) / 1024)"
     )
-    command = [sys.executable, "-c", code, str(photograph), str(folder / "peak.jpg")]
+    command = [sys.executable, "-c", code, str(folder / "peak.jpg"), *map(str, photographs)]
     return float(subprocess.run(command, cwd=measure.ROOT, capture_output=True, check=True).stdout)
 
 
@@ -174,6 +177,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all photographs on each side")
     o = parser.parse_args()
     logging.getLogger("ssrl").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         names = measure.photographs_in(o.photographs)
@@ -187,7 +191,7 @@ def main() -> None:
                 "one core": one_core(sources, folder, o.rounds),
                 "side by side": side_by_side(sources, o.rounds),
                 "psnr_dB": [round(min(likeness), 2), round(float(np.median(likeness)), 2)],
-                "worker_peak_MB": round(worker_memory(sources[0], folder), 1),
+                "worker_peak_MB": round(worker_memory(sources, folder), 1),
                 "rows": ROWS,
                 **large_manifest(folder / "large"),
                 "finished_again_s": finished_again(sources[0], folder / "again"),

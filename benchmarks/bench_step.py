@@ -207,16 +207,18 @@ def largest_batch(folder: Path, o: SSRL.Options) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for batch in (20 * 2**n for n in range(8)):
         larger = replace(o, batch_size=batch)
+        sides = {
+            "products": partial(products_alone, larger),
+            "ours": partial(our_step, folder, larger),
+        }
         try:
-            torch.cuda.reset_peak_memory_stats()
-            sides = {"products": products_alone(larger), "ours": our_step(folder, larger)}
-            times = measure.alternate(sides, 5, torch.device("cuda"))
-        except torch.OutOfMemoryError:
+            times, memory = measure.alternate_apart(sides, 5, 1, o.device)
+        except EOFError:  # the side ran out of memory, and said so
             break
         middle = {name: statistics.median(seconds) for name, seconds in times.items()}
         found = {"batch": batch, "images_per_s": round(batch / middle["ours"], 1)}
         found["share_of_product_rate"] = round(middle["products"] / middle["ours"], 3)
-        found["memory_GB"] = round(runs.peak_memory(torch.device("cuda")), 2)
+        found["memory_MB"] = memory["ours"]
     return found
 
 
@@ -251,6 +253,7 @@ def main() -> None:
         results[name] = step_case(a.photographs, o, a.rounds, a.threads)
         if a.device == "cuda":
             results[name]["largest"] = largest_batch(a.photographs, o)
+        measure.write_result(f"step-{a.device}", results)  # what follows may fail
     o, often = replace(base, arch="vit_small", batch_size=20, precision="fp32"), 4 * a.rounds
     updates = {"baseline": partial(plain_update, o), "ours": partial(our_update, o)}
     times, _ = measure.alternate_apart(updates, often, a.threads, a.device)

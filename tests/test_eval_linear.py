@@ -5,6 +5,7 @@ Run it with `python -m pytest tests/test_eval_linear.py`.
 
 import json
 import math
+from dataclasses import replace
 
 import helpers
 import numpy as np
@@ -284,8 +285,11 @@ def test_views_are_made_once_and_fitted_on_in_turn(manifest, tmp_path, monkeypat
     for _ in range(2):
         fit_whole(e, o, records)
     crop, whole = ProbeView(32), eval_linear.WholeView(32)
-    assert ran == [(crop, seed, 40) for seed in range(3)] + [(whole, 0, 20)], "twice from the cache"
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert ran == [(crop, 0, 40), (whole, 0, 20), (crop, 1, 40), (crop, 2, 40)], "then the cache"
+    ran.clear()
+    fit_whole(e, replace(o, seed=2), records)
+    assert ran == [(crop, 200_006 + number, 40) for number in range(3)], "crops are the seed's"
+    assert all(torch.equal(a, b) for a, b in zip(*seen[:2], strict=True))
     first = [
         extract_features(e.backbone, PhotographDataset(manifest, records, crop, seed))["cls"]
         for seed in range(3)

@@ -253,11 +253,6 @@ def test_matmul_stays_where_speed_would_cost_precision(matmul_switch, monkeypatc
     assert matmul_switch.fp32_precision == "none"
 
 
-def test_compile_is_refused_on_a_cpu():
-    with pytest.raises(InputError, match="--compile"):
-        runs.compile_networks(torch.nn.Linear(2, 2))
-
-
 # ------------------------------------------------------------------------------------------- memory
 def test_peak_memory_grows_with_what_is_held():
     before = runs.peak_memory(torch.device("cpu"))
@@ -269,23 +264,36 @@ def test_peak_memory_grows_with_what_is_held():
 @pytest.mark.parametrize(
     ("batch", "accumulate", "centering", "told"),
     [
-        (20, 1, "mean", "--batch-size 10 --accumulate 2"),
+        (20, 1, "mean", "--batch-size 10 --accumulate 2, which makes the same steps"),
         (15, 2, "mean", "--batch-size 5 --accumulate 6"),
+        (7, 1, "mean", "--batch-size 1 --accumulate 7"),
         (1, 1, "mean", "try --checkpointing"),
-        (20, 1, "sinkhorn", "--batch-size 10, other steps"),
+        (20, 1, "sinkhorn", "--batch-size 10, which makes other steps"),
     ],
 )
 def test_out_of_memory_is_told_with_what_may_fit(options, batch, accumulate, centering, told):
     o = replace(options, batch_size=batch, accumulate=accumulate, centering=centering)
-    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError]
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
+    errors += [MemoryError, MemoryError("Unable to allocate 36.0 MiB for an array")]
+    errors += [RuntimeError("Caught MemoryError in DataLoader worker process 0.")]
     for error in errors if batch == 20 else errors[:1]:
         named = pytest.raises(InputError, match=f"--batch-size {batch}: out of memory")
         with named as caught, runs.memory_advice(o):
             raise error
         assert told in str(caught.value) and "--checkpointing" in str(caught.value)
+        assert "new --output-dir or with --overwrite" in str(caught.value)
     with pytest.raises(InputError) as caught, runs.memory_advice(replace(o, checkpointing=True)):
         torch.empty(10**15)
     assert "--checkpointing" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batch, part", [(20, 10), (9, 3), (7, 0), (2, 0)])
+def test_advice_is_what_koleo_and_batch_norm_take(options, batch, part):
+    o = replace(options, batch_size=batch, koleo_weight=0.1, use_bn_in_head=True)
+    with pytest.raises(InputError) as caught, runs.memory_advice(o):
+        raise MemoryError
+    advice = re.findall(r"try --batch-size (\d+), which makes other steps", str(caught.value))
+    assert advice == ([str(part)] if part else []) and "--accumulate" not in str(caught.value)
 
 
 def test_other_errors_are_no_matter_of_memory(options):

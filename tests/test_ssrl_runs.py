@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_ssrl import flat, same
 
 import SSRL
-from utils import HERE, InputError, Stopped
+from utils import HERE, Diverged, InputError, Stopped
 from weights import load_torch
 
 pytestmark = pytest.mark.usefixtures("handlers")
@@ -105,6 +105,33 @@ def test_stopped_and_resumed_is_uninterrupted(whole, tiny, monkeypatch, stop, wo
     monkeypatch.setattr(SSRL, "train_step", real)
     SSRL.main(replace(options, workers=workers), None)
     assert_same_run("run", whole[0])
+
+
+@pytest.mark.parametrize("at", ["log", "save"])
+def test_what_a_gpu_tells_late_is_found_before_it_is_logged_or_saved(tiny, monkeypatch, at):
+    """A loss of step 2 that is not finite and is not asked for at once; an epoch has 5 steps."""
+    o, finite, distill = tiny(log_every=3 if at == "log" else 100), SSRL.check_finite, []
+    monkeypatch.setattr(SSRL, "check_finite", lambda v, step: len(v) == 1 or finite(v, step))
+    real = SSRL.losses.distillation_loss
+
+    def spoilt(*arguments):
+        distill.append(None)
+        return real(*arguments) * (float("nan") if len(distill) == 2 else 1)
+
+    monkeypatch.setattr(SSRL.losses, "distillation_loss", spoilt)
+    with pytest.raises(Diverged, match="step 3" if at == "log" else "step 5"):
+        SSRL.main(o, None)
+    assert load_torch(Path("run/checkpoint.pth"))["step"] == 0
+    assert not trained("run")[1]
+
+
+def test_compile_is_refused_on_a_cpu_before_anything_is_deleted(tiny):
+    o = tiny(epochs=1)
+    SSRL.main(o, None)
+    before = sorted(p.name for p in Path("run").iterdir())
+    with pytest.raises(InputError, match="--compile"):
+        SSRL.main(replace(o, compile=True, overwrite=True), None)
+    assert sorted(p.name for p in Path("run").iterdir()) == before
 
 
 def test_more_epochs_continue_a_finished_run(tiny):
