@@ -41,17 +41,8 @@ from weights import load_weights, read_weights, save_backbone, save_torch
 
 DEMO = utils.HERE / "configs" / "demo.yaml"
 HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
-# what may differ when a run is resumed; --epochs may also grow
-RESUMABLE = (
-    "workers",
-    "device",
-    "checkpointing",
-    "compile",
-    "log_every",
-    "save_minutes",
-    "keep_every",
-    "knn_every",
-)
+RESUMABLE = ["workers", "device", "checkpointing", "compile"]  # may differ when a run is resumed
+RESUMABLE += ["log_every", "save_minutes", "keep_every", "knn_every"]  # and --epochs may grow
 
 
 @dataclass
