@@ -34,3 +34,4 @@ bench: $(BIN)/installed
 	$(BIN)/python -m benchmarks.bench_step --photographs "$(PHOTOGRAPHS)"
 	$(BIN)/python -m benchmarks.bench_train --photographs "$(PHOTOGRAPHS)"
 	$(BIN)/python -m benchmarks.bench_eval
+	$(BIN)/python -m benchmarks.bench_parts --photographs "$(PHOTOGRAPHS)"

@@ -158,7 +158,7 @@ def _queries_keys_values(block: nn.Module, x: Tensor, cls_only: bool) -> tuple[T
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for q (B, H, M, d), k and v (B, H, N, d).
 
-    A GPU has a kernel for it all. A CPU's takes 1.5 to 12 times as long as two products, and is
+    A GPU has a kernel for it all. A CPU's takes 1.2 to 12 times as long as two products, and is
     for so many tokens and images that their (B, H, M, N) weights would fill the memory.
     """
     if q.device.type != "cpu" or q[..., 0].numel() * k.shape[2] > MOST_WEIGHTS:
