@@ -25,13 +25,13 @@ demo: $(BIN)/installed
 	$(BIN)/python visualize_attention.py --pretrained $(RUN) --image $(DRAWN)/p000[0-3]_left.jpg
 	$(BIN)/python -m tools.report --table $(RUN)
 
-# every speed figure of a CPU, in some 17 minutes on two cores: make bench PHOTOGRAPHS=folder
+# every speed figure of a CPU, in some 18 minutes on two cores: make bench PHOTOGRAPHS=folder
 bench: $(BIN)/installed
 	@test -d "$(PHOTOGRAPHS)" || { echo "say which photographs: make bench PHOTOGRAPHS=folder"; exit 2; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python -m benchmarks.bench_prepare --photographs "$(PHOTOGRAPHS)"
 	$(BIN)/python -m benchmarks.bench_data --photographs "$(PHOTOGRAPHS)"
-	$(BIN)/python -m benchmarks.bench_step --photographs "$(PHOTOGRAPHS)"
+	$(BIN)/python -m benchmarks.bench_step --photographs "$(PHOTOGRAPHS)" --rounds 4
 	$(BIN)/python -m benchmarks.bench_train --photographs "$(PHOTOGRAPHS)"
 	$(BIN)/python -m benchmarks.bench_eval
 	$(BIN)/python -m benchmarks.bench_parts --photographs "$(PHOTOGRAPHS)"

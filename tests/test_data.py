@@ -134,7 +134,7 @@ def test_raw_photographs_are_brought_in_prepared_ones_as_they_are(prepared):
 
 
 def test_a_photograph_is_decoded_no_larger_than_crops_need(tmp_path):
-    """Crops of what a quarter of the pixels holds are those of all pixels, to 25 dB."""
+    """Crops of what a quarter of the pixels holds are those of all pixels, to 35 dB."""
     y, x = np.mgrid[:1024, :1024]
     waves = [128 + 60 * np.sin(x / s) * np.cos(y / (s + 3)) for s in (9, 14, 23)]
     inside = (x - 511.5) ** 2 + (y - 511.5) ** 2 < 500**2
@@ -158,8 +158,9 @@ def test_a_photograph_is_decoded_no_larger_than_crops_need(tmp_path):
                 MultiCrop()(torch.from_numpy(a).permute(2, 0, 1), (key,)) for a in (small, whole)
             )
             for name in ("global", "local"):
-                error = (found[name].float() - expected[name].float()).square().mean()
-                assert error < 255**2 / 10**2.5, (key, name)
+                error = found[name].float() - expected[name].float()
+                assert error.square().mean() < 255**2 / 10**3.5, (key, name)
+                assert error.mean().abs() < 0.3, (key, name)
 
 
 def test_workers_change_nothing(prepared):
