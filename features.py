@@ -293,8 +293,8 @@ def cached_features(
     Keyed by weights, photographs, view and precision; random views by their `seed`, too.
     """
     rows = [(r.path, r.sha256 or _stamp(manifest.root / r.path)) for r in records]
-    key = (e.weights.sha256, e.weights.network, manifest.fingerprint, rows, view, str(e.dtype))
-    key += (seed,) if seed else ()
+    w, how = e.weights, (view, seed, str(e.dtype))
+    key = (w.sha256, w.network, manifest.fingerprint, rows, how)
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     beside = e.output if e.options.output_dir else e.output.parent
     path = beside / "features" / f"{name}.safetensors"
