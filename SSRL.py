@@ -27,17 +27,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 import data
+import devices
 import features
 import losses
-import metrics
-import runs
+import run_folder
 import utils
 import vision_transformer as vit
 from augment import MultiCrop, color_views, contact_sheet
 from data import PhotographDataset as Dataset
 from features import Watched
+from fundus import metrics
+from run_folder import save_torch
 from utils import Diverged, RunOptions, Stopped, log
-from weights import load_weights, read_weights, save_backbone, save_torch
+from weights import load_weights, read_weights, save_backbone
 
 DEMO = utils.HERE / "configs" / "demo.yaml"
 HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
@@ -199,8 +201,8 @@ class Run:
     """What stays the same throughout training."""
 
     options: Options
-    processes: runs.Processes
-    folder: runs.RunFolder
+    processes: devices.Processes
+    folder: run_folder.RunFolder
     dtype: torch.dtype | None  # of autocast
     student: nn.Module  # the state's, wrapped where there are several processes
     steps_per_epoch: int
@@ -261,7 +263,7 @@ def train_step(state: State, batches: Iterator[list[Tensor]], run: Run) -> dict[
     if state.step % o.log_every == 0:
         check_finite(state.losses, state.step)
         now |= losses.spread(targets) | {"loss": torch.stack(state.losses).mean()}
-        now |= {"skipped": state.skipped, "memory_gb": runs.peak_memory(device)}
+        now |= {"skipped": state.skipped, "memory_gb": devices.peak_memory(device)}
         state.losses.clear()
     return now
 
@@ -323,12 +325,14 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -> None:
     """Train from the state's step to the last one, saving as it goes; a signal raises Stopped."""
     o, per_epoch = run.options, run.steps_per_epoch
-    stop, seen = runs.StopSignal(run.processes), Watched(dataset.manifest, run.dtype, o.workers)
+    stop, seen = devices.StopSignal(run.processes), Watched(dataset.manifest, run.dtype, o.workers)
     sampler.set_range(state.step, run.total_steps)
     main, device, saved = run.processes.is_main, run.processes.device, time.monotonic()
     loader = data.training_loader(dataset, sampler, o.workers, device)
     batches = data.ahead((color_views(b, device, o.mean, o.std) for b in loader), device)
-    progress = utils.Progress(run.folder.path, state.step, run.total_steps, run.global_batch, main)
+    progress = run_folder.Progress(
+        run.folder.path, state.step, run.total_steps, run.global_batch, main
+    )
     if state.step == 0 and main:
         picture = Image.fromarray(contact_sheet([dataset[k] for k in next(iter(sampler))[:8]]))
         utils.write_atomic(run.folder.path / "crops.png", lambda path: picture.save(path, "PNG"))
@@ -390,7 +394,10 @@ def watch(
 
 
 def build_run(
-    o: Options, processes: runs.Processes, folder: runs.RunFolder, sampler: data.StepSampler
+    o: Options,
+    processes: devices.Processes,
+    folder: run_folder.RunFolder,
+    sampler: data.StepSampler,
 ) -> tuple[State, Run]:
     """Return the untrained state and the run's constants."""
     student, teacher = wrapped, _ = [net.to(processes.device) for net in build_networks(o)]
@@ -401,8 +408,8 @@ def build_run(
         cuda = processes.device.type == "cuda"
         if o.use_bn_in_head and cuda:  # batch norm over all processes; gloo has no kernel for it
             student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
-        wrapped = runs.distribute(student)
-    dtype = runs.autocast_dtype(o.precision, processes.device)
+        wrapped = devices.distribute(student)
+    dtype = devices.autocast_dtype(o.precision, processes.device)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype is torch.float16)
     center = torch.zeros(o.out_dim, device=processes.device)
     state = State(student, teacher, build_optimizer(student, o.optimizer), scaler, center)
@@ -413,8 +420,8 @@ def build_run(
 
 def main(o: Options, config: Path | None) -> None:
     """Train, or continue, or say that the run is finished."""
-    folder = runs.RunFolder.of(o, config, "eyepacs_vits16")
-    with runs.process_group(o.device) as processes:
+    folder = run_folder.RunFolder.of(o, config, "eyepacs_vits16")
+    with devices.process_group(o.device) as processes:
         hint = "; for EyePACS: python SSRL.py --data FOLDER" if config == DEMO else ""
         if o.compile and processes.device.type != "cuda":
             raise utils.InputError("--compile: gains something on CUDA alone; leave it out")
@@ -427,7 +434,7 @@ def main(o: Options, config: Path | None) -> None:
         start = replace(o, init="none") if checkpoint else o  # the checkpoint has the weights
         crops = MultiCrop(**{name: getattr(o, name) for name in MultiCrop.__dataclass_fields__})
         dataset = Dataset(manifest, records, crops, o.seed, o.max_bad)
-        with runs.memory_advice(o):
+        with devices.memory_advice(o):
             state, run = build_run(start, processes, folder, sampler)
             if checkpoint:
                 state.load_state_dict(checkpoint)

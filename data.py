@@ -9,41 +9,26 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-import synthetic
-from layouts import open_data
-from manifest import Manifest, Record, read_manifest, write_manifest
-from photographs import (
-    PhotographError,
-    crop_square,
-    find_fundus,
-    load_photograph,
-    open_photograph,
-    pad_square,
-)
-from runs import Processes
-from splits import same_files, split_patients
-from utils import InputError, log, sha256_of, write_json
+from devices import Processes
+from fundus.copies import same_files
+from fundus.layouts import open_data
+from fundus.manifest import Manifest, Record
+from fundus.photographs import PhotographError, load_photograph, open_photograph, pad_square
+from fundus.synthetic import SYNTHETIC_COUNT, synthetic_manifest
+from utils import InputError, log
 
-GRADES = 5  # ICDR's 0-4
 COUNTED = 50  # batches between counts of unreadable photographs over all processes
 RAW_SIZE = 512  # side to which photographs that nobody prepared are brought as they are read
-SYNTHETIC_SIZE = 256  # side of the drawn ones
-SYNTHETIC_COUNT = 1000
-SYNTHETIC_VERSION = 3  # of the drawn folder: part of the cache's name
 
 
 @dataclass
@@ -73,52 +58,6 @@ def open_manifest(data: str) -> Manifest:
     for note in manifest.notes:
         log.info("data: %s", note)
     return manifest
-
-
-def synthetic_manifest(count: int) -> Manifest:
-    """Return the cached folder of `count` drawn photographs; draws it if it is not there yet."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssrl"
-    folder = cache / f"synthetic-{count}-{SYNTHETIC_SIZE}-v{SYNTHETIC_VERSION}"
-    if not (folder / "manifest.csv").is_file():
-        draw_folder(folder, count)
-    return read_manifest(folder)
-
-
-def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
-    """Draw `count` photographs with their lesion masks as a prepared folder, on all cores.
-
-    `folder` receives images/*.jpg, masks/<image>_<lesion>.png (255 inside, only where there is such
-    a lesion) and manifest.csv, the manifest last: a folder that has it is complete.
-    """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "masks").mkdir(exist_ok=True)
-    eyes = synthetic.plan_eyes(count, seed)
-    records = [
-        Record(f"images/{e.patient}_{e.eye}.jpg", e.grade, e.patient, e.eye, "train", "synthetic")
-        for e in eyes
-    ]
-    log.info("drawing %d synthetic photographs into %s", count, folder)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        drawn = pool.map(partial(_draw_eye, folder), eyes, chunksize=8)
-        digests = list(tqdm(drawn, total=count, desc="draw", disable=None))
-    records = [replace(r, sha256=digest) for r, digest in zip(records, digests, strict=True)]
-    write_json(folder / "data_report.json", {"layout": "synthetic", "size": SYNTHETIC_SIZE})
-    write_manifest(folder, split_patients(records))
-
-
-def _draw_eye(folder: Path, eye: synthetic.DrawnEye) -> str:
-    """Draw a photograph and its masks in the prepared form; returns the photograph's SHA-256."""
-    frame, masks = synthetic.draw_photograph(eye, height=SYNTHETIC_SIZE * 9 // 8)
-    box, name = find_fundus(frame), f"{eye.patient}_{eye.eye}"
-    picture = Image.fromarray(crop_square(frame, box, SYNTHETIC_SIZE))
-    picture.save(folder / "images" / f"{name}.jpg", quality=95, subsampling=0)
-    for lesion, mask in masks.items():
-        if mask.any():
-            whole = mask.astype(np.uint8) * 255
-            share = crop_square(whole, box, SYNTHETIC_SIZE, Image.Resampling.BOX)
-            inside = (share > 0).astype(np.uint8) * 255  # lesions of one pixel survive
-            Image.fromarray(inside).save(folder / "masks" / f"{name}_{lesion}.png")
-    return sha256_of(folder / "images" / f"{name}.jpg")
 
 
 def graded(manifest: Manifest, records: Sequence[Record], name: str) -> list[Record]:

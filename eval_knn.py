@@ -16,19 +16,19 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-import metrics
 from augment import PaperView, WholeView
 from data import DataOptions, graded, grades_of, patients_of
-from features import (
+from evaluation import (
     cached_features,
     check_results,
     describe,
-    knn_predict,
     open_evaluation,
     test_sets,
     write_results,
 )
-from manifest import Record
+from features import knn_predict
+from fundus import metrics
+from fundus.manifest import Record
 from utils import RunOptions, check_options, run_main
 from weights import BackboneOptions
 

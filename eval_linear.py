@@ -23,21 +23,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import metrics
 from augment import PaperView, ProbeView, WholeView
 from data import DataOptions, PhotographDataset, graded, grades_of, patients_of
-from features import (
-    N_BLOCKS,
+from evaluation import (
     Evaluation,
     cached_features,
     check_results,
     describe,
-    extract_features,
     open_evaluation,
     test_sets,
     write_results,
 )
-from manifest import Record
+from features import N_BLOCKS, extract_features
+from fundus import metrics
+from fundus.manifest import GRADES, Record
 from utils import (
     InputError,
     RunOptions,
@@ -121,9 +120,9 @@ class Probes:
     def __init__(self, width: int, settings: list[tuple[float, float]], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         count = len(settings)
-        weight = torch.randn(width, 1, metrics.GRADES, generator=generator) * 0.01
+        weight = torch.randn(width, 1, GRADES, generator=generator) * 0.01
         self.weight = weight.repeat(1, count, 1)  # (F, S, G)
-        self.bias = torch.zeros(count, metrics.GRADES)
+        self.bias = torch.zeros(count, GRADES)
         self.lr, self.decay = torch.tensor(settings).T.unsqueeze(2)  # (S, 1) each
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
 
@@ -176,7 +175,7 @@ def fit(
     for epoch in tqdm(range(o.epochs), desc="linear probe", disable=None):
         train_epoch(probes, first if epoch == 0 else next(train), grades, epoch, o)
         logits = probes.logits(held)
-        confusion = np.zeros((len(settings), metrics.GRADES, metrics.GRADES))
+        confusion = np.zeros((len(settings), GRADES, GRADES))
         chosen = logits.argmax(dim=2).T.numpy()
         for setting, predicted in enumerate(chosen):
             np.add.at(confusion[setting], (truth, predicted), 1)

@@ -29,10 +29,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import photographs
-import splits
-from layouts import Reading, read_data
-from manifest import Manifest, Record, picture_paths, write_manifest
+from fundus import copies, photographs, review, splits
+from fundus.layouts import read_data
+from fundus.listing import Reading
+from fundus.manifest import Manifest, Record, picture_paths, write_manifest
 from utils import InputError, Stopped, check_options, log, run_main, write_atomic, write_json
 
 try:
@@ -115,7 +115,7 @@ def prepare_photograph(task: Task) -> dict[str, Any]:
     tone = {"brightest": int(np.searchsorted(darker, 0.99 * light.size)) // 3}
     h, w = (side // 4 for side in light.shape)  # of the middle, away from the rim:
     tone["contrast"] = round(float(light[h:-h, w:-w].std() / 3), 1)
-    tone["signature"] = base64.b64encode(splits.coarse(splits.signature(picture))).decode()
+    tone["signature"] = base64.b64encode(copies.coarse(copies.signature(picture))).decode()
     image = photographs.subtract_local_mean(picture) if task.graham else picture
     # Without chroma subsampling, since microaneurysms are small and red.
     options = {"quality": 95, "subsampling": 0} if task.image_format == "jpeg" else {}
@@ -303,15 +303,15 @@ def prepare(manifest: Manifest, out: Path, options: PrepareOptions) -> None:
         raw = manifest.root / path  # Graham's pictures show too little of what tells eyes apart
         return photographs.load_photograph(raw, options.size, options.allow_truncated)
 
-    copies = splits.find_copies(facts, picture_of)
-    linked = [(one, other) for one, other, _ in copies]
+    same = copies.find_copies(facts, picture_of)
+    linked = [(one, other) for one, other, _ in same]
     whole = splits.complete_splits(replace(manifest, records=good), linked)
     for note in whole.notes[len(manifest.notes) :]:
         log.info("%s: %s", whole.layout, note)
     records = tuple(in_folder(record, pictures, facts) for record in whole.records)
     about = {"layout": whole.layout, "size": options.size, "notes": whole.notes}
-    about |= {"splits": splits.count_splits(records)}
-    about["doubts"] = splits.list_doubts(replace(whole, records=records), facts, copies)
+    about |= {"splits": review.count_splits(records)}
+    about["doubts"] = review.list_doubts(replace(whole, records=records), facts, same)
     write_json(out / "data_report.json", about)
     for old in out.glob("manifest-fold-*.csv"):
         old.unlink()

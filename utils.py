@@ -1,7 +1,7 @@
 """Options, errors, log, files and schedules: the same for every script.
 
 Nothing here knows about fundus photographs, vision transformers or torch, which would make the
-processes that prepare data large; runs.py holds what a run needs of torch.
+processes that prepare data large; devices.py and run_folder.py hold what a run needs of torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
-from tqdm import tqdm
 
 log = logging.getLogger("ssrl")
 HERE = Path(__file__).resolve().parent  # of the checkout: where configs/ lies
@@ -243,91 +241,10 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object to a run's log.jsonl."""
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def split_log(path: Path, step: int) -> tuple[str, str]:
-    """Return what a JSON-lines log says up to `step`, and what of later steps.
-
-    A crash loses the steps since the last checkpoint; the resumed run takes and logs them again. A
-    last line that was cut short is in neither.
-    """
-    parts: tuple[list[str], list[str]] = [], []
-    for line in path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            parts[json.loads(line).get("step", 0) > step].append(line)
-    return "".join(parts[0]), "".join(parts[1])
-
-
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Progress:
-    """Tells a training's course: a bar on a terminal, lines elsewhere, log.jsonl, TensorBoard."""
-
-    def __init__(self, folder: Path, start: int, total: int, batch: int, main: bool) -> None:
-        self.folder, self.batch, self.main = folder, batch, main
-        self.bar = tqdm(total=total, initial=start, unit="step", disable=None if main else True)
-        self.step, self.total = start, total
-        self.steps, self.waited, self.since, self.said, self.knn = 0, 0.0, time.monotonic(), 0.0, ""
-        self.latest: dict[str, Any] = {}  # the last measurements written
-        self.events = None
-        if main:
-            with contextlib.suppress(ImportError):  # TensorBoard is an extra
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.events = SummaryWriter(str(folder))
-
-    def update(self, measured: dict[str, Any], epoch: float) -> None:
-        """Count one step; measurements that come with an entropy are written down."""
-        self.step = measured["step"]
-        self.steps += 1
-        self.waited += measured.pop("waited")
-        self.bar.update()
-        if "teacher_entropy" not in measured:
-            return
-        spent = time.monotonic() - self.since
-        self.latest = {"epoch": epoch} | measured | {"loss": float(measured["loss"])}
-        self.latest["images_per_s"] = self.batch * self.steps / spent
-        self.latest["data_wait"] = self.waited / spent
-        self.record(self.latest)
-        self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
-
-    def record(self, record: dict[str, Any]) -> None:
-        """Write a record to log.jsonl and TensorBoard, and show its main numbers."""
-        if not self.main:
-            return
-        began = time.monotonic()
-        write_record(self.folder, {"step": self.step} | record)
-        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
-        for name, value in numbers.items() if self.events else ():
-            self.events.add_scalar(name, value, self.step)
-        shown = "epoch loss lr images_per_s data_wait memory_gb rankme knn_accuracy knn_majority"
-        names = [*shown.split(), "knn_qwk"]
-        text = ", ".join(f"{k} {numbers[k]:.4g}" for k in names if k in numbers)
-        if "knn_qwk" in record:
-            said = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk {knn_qwk:.3f}"
-            self.knn = said.format(**record)
-        if "loss" in record:
-            self.bar.set_postfix_str(text + self.knn)
-        if self.bar.disable and ("rankme" in record or began - self.said > 30):
-            self.said = began
-            speed = self.latest.get("images_per_s", 0.0)
-            left = (self.total - self.step) * self.batch / speed if speed else 0.0
-            text += f", {left:.0f} s left" * bool(left)
-            log.info("step %d/%d: %s", self.step, self.total, text)
-
-    def close(self) -> None:
-        """End the bar and the event file."""
-        self.bar.close()
-        if self.events:
-            self.events.close()
 
 
 # --------------------------------------------------------------------------------------- schedules

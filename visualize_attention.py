@@ -22,10 +22,10 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from features import open_weights
-from layouts import SUFFIXES
-from photographs import PhotographError, load_photograph
-from runs import autocast_dtype, pick_device
+from devices import autocast_dtype, pick_device
+from evaluation import open_weights
+from fundus.listing import SUFFIXES
+from fundus.photographs import PhotographError, load_photograph
 from utils import InputError, RunOptions, log, run_main, sha256_of, write_atomic
 from vision_transformer import Backbone
 from weights import BackboneOptions, load_backbone

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-import pickle
-import re
-import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import timm
 import torch
 import tyro
@@ -22,6 +17,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from run_folder import load_torch
 from utils import InputError, sha256_of, write_atomic
 from vision_transformer import ARCHS, Backbone, BackboneSpec
 
@@ -209,37 +205,3 @@ def save_backbone(backbone: Backbone, path: Path, options: dict[str, Any]) -> No
 
 
 # ------------------------------------------------------------------------------------- torch files
-def save_torch(state: dict[str, Any], path: Path) -> None:
-    """Write tensors, numbers, strings, lists and dicts with torch.save, atomically."""
-    write_atomic(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_torch(path: Path) -> dict[str, Any]:
-    """Read a .pth file onto the CPU without running code from it.
-
-    DINO's files hold an argparse.Namespace and numpy scalars beside the tensors: these types, and
-    no others, are allowed. Raises InputError for missing, damaged or code-carrying files.
-    """
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    dtypes = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]
-    safe = [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch stores checksums but does not check them
-                damaged = archive.testzip()
-            if damaged:
-                raise InputError(f"{path}: is damaged (checksum of {damaged}); take another copy")
-        with torch.serialization.safe_globals(safe):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows in whatever the bytes happen to mean
-        if isinstance(error, InputError):
-            raise
-        refused = re.search(r"(?i)unsupported (?:global|class).*?(?=\. |\n|$)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused:
-            raise InputError(
-                f"{path}: holds more than weights and is refused, since loading it would run its "
-                f"code ({refused[0]}); save its weights alone, where you trust it"
-            ) from None
-        raise InputError(
-            f"{path}: no torch file, or a damaged one ({type(error).__name__}); take another copy"
-        ) from None

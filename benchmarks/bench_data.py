@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 from augment import MultiCrop, color_views
 from benchmarks import baseline, measure
 from data import PhotographDataset, StepSampler, training_loader
-from manifest import Manifest, Record
+from fundus.manifest import Manifest, Record
 from prepare_data import Task, prepare_photograph
 from utils import keep_freed_memory
 from vision_transformer import IMAGENET_MEAN, IMAGENET_STD

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import devices
 import eval_linear
-import runs
 from benchmarks import measure
 from features import knn_predict
 from utils import keep_freed_memory
@@ -60,7 +60,7 @@ def knn_side(side: str, queries: int) -> Call:
     asked, _ = cloud(queries, WIDTH, 2)
     if side != "baseline":
         keep_freed_memory()
-        runs.pick_device("cpu")
+        devices.pick_device("cpu")
     if side == "ours":
         return lambda: knn_predict(bank, grades, asked, KS)
     return lambda: [plain_knn(bank, grades, asked, k, 1000) for k in KS]
@@ -81,7 +81,7 @@ def linear_side(side: str) -> Call:
     (x, grades), (held, truth) = cloud(TRAIN, BLOCKS * WIDTH, 1), cloud(VAL, BLOCKS * WIDTH, 2)
     if side == "ours":
         keep_freed_memory()
-        runs.pick_device("cpu")
+        devices.pick_device("cpu")
         return lambda: eval_linear.fit(iter([x]), grades, held, truth.numpy(), o, settings)
     return lambda: [plain_linear(x, grades, held, truth, o, setting) for setting in settings]
 

@@ -5,7 +5,7 @@
 Milliseconds of reading an original of EyePACS' size and a prepared picture, finding the fundus,
 cutting and colouring crops; torch's fused attention beside two products, forward and backward, fp32
 and, where the CPU has it, bf16; fp32 products by torch's default and by what
-runs.speed_up_matmul chooses. Medians; writes benchmarks/results/parts.json.
+devices.speed_up_matmul chooses. Medians; writes benchmarks/results/parts.json.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-import photographs
-import runs
+import devices
 from augment import color_views
 from benchmarks import measure
 from benchmarks.bench_data import dataset_of
+from fundus import photographs
 from prepare_data import Task, prepare_photograph
 from utils import keep_freed_memory
 
@@ -108,12 +108,12 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     results: dict[str, Any] = {"fp32 products, GFLOP/s": {"torch's default": gflops()}}
-    runs.speed_up_matmul()
+    devices.speed_up_matmul()
     results["fp32 products, GFLOP/s"]["ours"] = gflops()
     with tempfile.TemporaryDirectory() as folder:
         results["data, ms"] = data_parts(measure.photographs_in(a.photographs), Path(folder))
     results["attention, fp32"] = attention_parts(torch.float32)
-    if runs.autocast_dtype("auto", CPU) is torch.bfloat16:
+    if devices.autocast_dtype("auto", CPU) is torch.bfloat16:
         results["attention, bf16"] = attention_parts(torch.bfloat16)
     measure.write_result("parts", results)
 

@@ -29,10 +29,10 @@ from PIL import Image
 
 import prepare_data
 from benchmarks import measure
-from manifest import Record, read_manifest, write_manifest
-from photographs import Box, find_fundus, open_photograph, pad_square, read_photograph
+from fundus.copies import find_copies
+from fundus.manifest import Record, read_manifest, write_manifest
+from fundus.photographs import Box, find_fundus, open_photograph, pad_square, read_photograph
 from prepare_data import PrepareOptions, Task, prepare_photograph
-from splits import find_copies
 from utils import keep_freed_memory
 
 SIZE, ROWS = 512, 88_702

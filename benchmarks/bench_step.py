@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+import devices
 import losses
-import runs
+import run_folder
 import SSRL
 from augment import color_views
 from benchmarks import baseline, measure
@@ -59,10 +60,10 @@ def crops_of(folder: Path, o: SSRL.Options) -> list[Tensor]:
 def our_step(folder: Path, o: SSRL.Options) -> Call:
     """Return SSRL's training step."""
     keep_freed_memory()  # as the program does when it starts
-    device = runs.pick_device(o.device)
+    device = devices.pick_device(o.device)
     sampler = StepSampler(1000 * o.batch_size, o.batch_size)
-    run_folder = runs.RunFolder(Path())
-    state, run = SSRL.build_run(o, runs.Processes(device), run_folder, sampler)
+    folder_of_run = run_folder.RunFolder(Path())
+    state, run = SSRL.build_run(o, devices.Processes(device), folder_of_run, sampler)
     crops = crops_of(folder, o)
     return lambda: SSRL.train_step(state, iter([crops]), run)
 
@@ -80,7 +81,7 @@ def plain_training(o: SSRL.Options) -> baseline.Training:
     teacher.requires_grad_(False)
     temps = (o.student_temp, o.teacher_temp)
     loss = baseline.Loss(o.out_dim, 2 + o.local_crops_number, temps).to(device)
-    dtype = runs.autocast_dtype(o.precision, device)
+    dtype = devices.autocast_dtype(o.precision, device)
     return baseline.Training(student, teacher, loss, baseline.build_optimizer(student), dtype=dtype)
 
 
@@ -88,7 +89,7 @@ def plain_step(folder: Path, o: SSRL.Options, as_ours: bool = False) -> Call:
     """Return the baseline's training step, `as_ours` with our choice of products and memory."""
     if as_ours:
         keep_freed_memory()
-        runs.pick_device(o.device)
+        devices.pick_device(o.device)
     training, crops = plain_training(o), crops_of(folder, o)
     views = [view for size in crops for view in size.split(o.batch_size)]
     return lambda: training.step(views)
@@ -97,10 +98,10 @@ def plain_step(folder: Path, o: SSRL.Options, as_ours: bool = False) -> Call:
 def our_update(o: SSRL.Options) -> Call:
     """Return our clipping, optimizer and moving average, on random gradients."""
     keep_freed_memory()
-    device = runs.pick_device(o.device)
+    device = devices.pick_device(o.device)
     sampler = StepSampler(1000, 1)
-    run_folder = runs.RunFolder(Path())
-    state, run = SSRL.build_run(o, runs.Processes(device), run_folder, sampler)
+    folder_of_run = run_folder.RunFolder(Path())
+    state, run = SSRL.build_run(o, devices.Processes(device), folder_of_run, sampler)
     fill, loss = random_gradients(state.student), torch.zeros((), device=device)
 
     def call() -> None:
@@ -189,9 +190,9 @@ def flops_of(o: SSRL.Options) -> float:
 def products_alone(o: SSRL.Options) -> Call:
     """Return as many operations as a step takes, in large square products: no step is faster."""
     keep_freed_memory()
-    device = runs.pick_device(o.device)
+    device = devices.pick_device(o.device)
     side = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=runs.autocast_dtype(o.precision, device))
+    a = torch.randn(side, side, device=device, dtype=devices.autocast_dtype(o.precision, device))
     whole, rest = divmod(o.batch_size * flops_of(o) / (2 * side**3), 1)
 
     def call() -> None:
@@ -244,10 +245,10 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     base = SSRL.Options(init="none", device=a.device, freeze_last_layer=0)
     results: dict[str, Any] = {}
-    device = runs.pick_device(a.device)
+    device = devices.pick_device(a.device)
     for arch, patch, batch, precision in CPU_CASES if a.device == "cpu" else CUDA_CASES:
         o = replace(base, arch=arch, patch_size=patch, batch_size=batch, precision=precision)
-        if precision == "bf16" and runs.autocast_dtype("auto", device) is None:
+        if precision == "bf16" and devices.autocast_dtype("auto", device) is None:
             continue
         name = f"{arch}/{patch} batch {batch} {precision}"
         results[name] = step_case(a.photographs, o, a.rounds, a.threads)

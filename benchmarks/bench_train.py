@@ -28,13 +28,14 @@ import torch
 from torch.utils.data import DataLoader
 
 import data
-import runs
+import devices
+import run_folder
 import SSRL
 from augment import color_views
 from benchmarks import baseline, measure
 from benchmarks.bench_data import dataset_of
 from benchmarks.bench_step import plain_training
-from manifest import Record, write_manifest
+from fundus.manifest import Record, write_manifest
 from prepare_data import Task, prepare_photograph
 from utils import keep_freed_memory
 
@@ -49,10 +50,10 @@ def our_epochs(
     The share of the last epoch that was spent waiting for data is written into `told`.
     """
     keep_freed_memory()
-    device, dataset = runs.pick_device(o.device), dataset_of(paths, prepared)
+    device, dataset = devices.pick_device(o.device), dataset_of(paths, prepared)
     sampler = data.StepSampler(len(paths), o.batch_size)
-    folder = runs.RunFolder(Path())
-    state, run = SSRL.build_run(o, runs.Processes(device), folder, sampler)
+    folder = run_folder.RunFolder(Path())
+    state, run = SSRL.build_run(o, devices.Processes(device), folder, sampler)
 
     def call() -> None:
         sampler.set_range(state.step, state.step + sampler.steps_per_epoch)

@@ -23,12 +23,13 @@ import torch
 from tqdm import tqdm
 
 import data
-import runs
+import devices
+import run_folder
 import SSRL
 from augment import MultiCrop, color_views
 from benchmarks import measure
 from benchmarks.bench_step import plain_training
-from manifest import Manifest, read_manifest
+from fundus.manifest import Manifest, read_manifest
 
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
@@ -42,7 +43,7 @@ def both_losses(manifest: Manifest, o: SSRL.Options, steps: int) -> dict[str, li
     sampler = data.StepSampler(len(records), o.batch_size, seed=o.seed)
     # an epoch's schedules hardly move; single losses, not those averaged for the log
     o = replace(o, epochs=max(10, -(-steps // sampler.steps_per_epoch)), log_every=steps + 1)
-    state, run = SSRL.build_run(o, runs.Processes(CPU), runs.RunFolder(Path()), sampler)
+    state, run = SSRL.build_run(o, devices.Processes(CPU), run_folder.RunFolder(Path()), sampler)
     plain = plain_training(replace(o, precision="fp32"))
     plain.student.load_state_dict(state.student.state_dict())
     plain.teacher.load_state_dict(state.teacher.state_dict())
@@ -57,7 +58,7 @@ def both_losses(manifest: Manifest, o: SSRL.Options, steps: int) -> dict[str, li
         plain.lr, plain.weight_decay, plain.momentum = (
             now[name] for name in ("lr", "weight_decay", "momentum")
         )
-        runs.speed_up_matmul()
+        devices.speed_up_matmul()
         losses["ours"].append(float(SSRL.train_step(state, iter([views]), run)["loss"]))
         switch.fp32_precision = "none"  # torch's default
         torch.manual_seed((o.seed * 1_000_003 + state.step - 1) * 1024)  # as train_step seeds

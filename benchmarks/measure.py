@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import runs
+import devices
+import run_folder
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +135,7 @@ def _serve(
     with contextlib.suppress(EOFError):
         while connection.recv():
             connection.send(timed(call, torch.device(device)))
-        connection.send(round(1000 * runs.peak_memory(torch.device(device)), 1))
+        connection.send(round(1000 * devices.peak_memory(torch.device(device)), 1))
 
 
 def compare(times: dict[str, list[float]], images: int = 1) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lightly = {"lightly": importlib.metadata.version("lightly")} if has_lightly() else {}
     about = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads()}
-    return about | runs.versions() | lightly
+    return about | run_folder.versions() | lightly
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:

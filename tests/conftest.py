@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import SSRL
-from manifest import Record, write_manifest
-from synthetic import DrawnEye, draw_photograph
+from fundus.manifest import Record, write_manifest
+from fundus.synthetic import DrawnEye, draw_photograph
 from utils import sha256_of
 
 SIDE = 64

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from features import Evaluation
-from manifest import Manifest, Record, read_manifest, write_manifest
+from evaluation import Evaluation
+from fundus.manifest import Manifest, Record, read_manifest, write_manifest
 from vision_transformer import Backbone, BackboneSpec
 from weights import Weights, load_backbone
 

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import runs
+import devices
+import run_folder
 import SSRL
 import vision_transformer
 from benchmarks import baseline, bench_eval, bench_step, measure
 from data import StepSampler
 from features import knn_predict
-from synthetic import DrawnEye, draw_photograph
+from fundus.synthetic import DrawnEye, draw_photograph
 
 SMALL = {"arch": "vit_pico", "patch_size": 8, "global_crop_size": 48, "local_crop_size": 24}
 SMALL |= {"out_dim": 96, "head_hidden_dim": 64, "batch_size": 4, "local_crops_number": 3}
@@ -31,8 +32,8 @@ def both(**changed):
     """Ours and the baseline from the same weights, and crops."""
     o = SSRL.Options(**(FIXED | SMALL | changed))
     sampler = StepSampler(100 * o.batch_size, o.batch_size)
-    one = runs.Processes(torch.device("cpu"))
-    state, run = SSRL.build_run(o, one, runs.RunFolder(Path()), sampler)
+    one = devices.Processes(torch.device("cpu"))
+    state, run = SSRL.build_run(o, one, run_folder.RunFolder(Path()), sampler)
     plain = bench_step.plain_training(o)
     plain.student.load_state_dict(state.student.state_dict())
     plain.teacher.load_state_dict(state.teacher.state_dict())

@@ -13,11 +13,13 @@ from helpers import touch
 from PIL import Image, ImageFilter
 
 import data
+import utils
 from augment import MultiCrop, WholeView
 from data import PhotographDataset, StepSampler, training_loader
-from manifest import Manifest, Record, read_manifest
-from photographs import find_fundus, open_photograph, pad_square
-from runs import Processes
+from devices import Processes
+from fundus import copies, photographs, synthetic
+from fundus.manifest import Manifest, Record, read_manifest
+from fundus.photographs import find_fundus, open_photograph, pad_square
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -128,7 +130,9 @@ def test_raw_photographs_are_brought_in_prepared_ones_as_they_are(prepared):
     whole = PhotographDataset(manifest, list(record), view)[0]["image"]
     assert np.array_equal(whole.permute(1, 2, 0).numpy(), picture)
     raw = replace(manifest, prepared=False)
-    expected = torch.from_numpy(data.load_photograph(prepared / record[0].path, data.RAW_SIZE))
+    expected = torch.from_numpy(
+        photographs.load_photograph(prepared / record[0].path, data.RAW_SIZE)
+    )
     found = PhotographDataset(raw, list(record), lambda photograph, key: {"image": photograph})[0]
     assert torch.equal(found["image"].permute(1, 2, 0), expected)
 
@@ -236,7 +240,7 @@ def bad_worker(rank: int, folder: str, max_bad: float) -> None:
     sampler = StepSampler(40, 4, processes=Processes(CPU, rank, 2))
     sampler.set_range(0, 10)
     said = []
-    data.log.warning = lambda text, *values: said.append(text % values)
+    utils.log.warning = lambda text, *values: said.append(text % values)
     try:
         said.append(f"{len(list(training_loader(dataset, sampler, 0, CPU)))} batches")
     except InputError as error:
@@ -294,7 +298,7 @@ def test_synthetic_is_a_prepared_folder_with_masks(drawn, own_home):
     masks = list((drawn.root / "masks").iterdir())
     for record in drawn.records:
         with Image.open(drawn.root / record.path) as picture:
-            assert picture.size == (data.SYNTHETIC_SIZE,) * 2
+            assert picture.size == (synthetic.SYNTHETIC_SIZE,) * 2
         stem = record.path.removeprefix("images/").removesuffix(".jpg")
         own = [m for m in masks if m.name.startswith(stem + "_")]
         assert bool(own) == (record.grade > 0)
@@ -306,7 +310,7 @@ def test_synthetic_is_drawn_once(drawn, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(data, "draw_folder", refuse)
+    monkeypatch.setattr(synthetic, "draw_folder", refuse)
     again = data.open_manifest("synthetic:12")
     assert again.records == drawn.records and again.fingerprint == drawn.fingerprint
 
@@ -350,7 +354,7 @@ def test_patients_that_are_known_need_no_search_for_copies(tmp_path):
     touch(tmp_path, *(f"train/{i}_{eye}.jpeg" for i in range(20) for eye in ("left", "right")))
     rows = [f"{i}_{eye},{i % 5}" for i in range(20) for eye in ("left", "right")]
     (tmp_path / "trainLabels.csv").write_text("image,level\n" + "\n".join(rows))
-    assert not data.same_files(data.open_manifest(str(tmp_path)))
+    assert not copies.same_files(data.open_manifest(str(tmp_path)))
 
 
 def test_folder_that_is_not_there():

@@ -18,7 +18,7 @@ import utils
 from data import PhotographDataset, grades_of
 from eval_knn import Options, evaluate, main
 from features import extract_features
-from manifest import Record
+from fundus.manifest import Record
 from utils import InputError
 from weights import read_weights, save_backbone
 

@@ -16,7 +16,7 @@ from sklearn import metrics as sk
 from torch.nn import functional as F
 
 import eval_linear
-import features
+import evaluation
 from augment import ProbeView
 from data import PhotographDataset, grades_of
 from eval_linear import Options, Probes, fit, fit_paper, fit_whole, main, probe_input, train_epoch
@@ -278,7 +278,7 @@ def test_views_are_made_once_and_fitted_on_in_turn(manifest, tmp_path, monkeypat
         seen.append([next(train).clone() for _ in range(o.epochs)])
         return torch.zeros(128, 5), torch.zeros(5), []
 
-    monkeypatch.setattr(features, "extract_features", counted)
+    monkeypatch.setattr(evaluation, "extract_features", counted)
     monkeypatch.setattr(eval_linear, "fit", spy)
     o, records = options(views=3, epochs=5), manifest.split("train")
     e = helpers.evaluation(o, manifest, tmp_path / "linear")

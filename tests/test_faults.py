@@ -21,9 +21,9 @@ import prepare_data
 import visualize_attention
 from augment import WholeView
 from data import PhotographDataset, StepSampler, training_loader
-from layouts import open_data
-from photographs import find_fundus, load_photograph
-from synthetic import DrawnEye, draw_photograph
+from fundus.layouts import open_data
+from fundus.photographs import find_fundus, load_photograph
+from fundus.synthetic import DrawnEye, draw_photograph
 from utils import InputError
 from weights import save_backbone
 

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import helpers
 import numpy as np
@@ -17,22 +18,15 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import data
+import evaluation
 import features
-import metrics
 from augment import PaperView, WholeView
 from data import PhotographDataset, grades_of, patients_of
-from features import (
-    cached_features,
-    describe,
-    embedding_std,
-    extract_features,
-    knn_predict,
-    open_weights,
-    rankme,
-    write_results,
-)
-from manifest import Manifest, Record, read_manifest, write_manifest
-from metrics import Predictions
+from evaluation import cached_features, describe, open_weights, write_results
+from features import embedding_std, extract_features, knn_predict, rankme
+from fundus import metrics
+from fundus.manifest import Manifest, Record, read_manifest, write_manifest
+from fundus.metrics import Predictions
 from utils import InputError, sha256_of
 from vision_transformer import Backbone
 from weights import Weights, load_backbone, read_weights
@@ -140,7 +134,7 @@ def test_embedding_std_by_hand():
 
 def test_extracted_features_are_those_of_a_direct_forward(manifest, monkeypatch):
     monkeypatch.setattr(
-        features, "evaluation_loader", lambda d, b, w, old=features.evaluation_loader: old(d, 8, w)
+        features, "evaluation_loader", lambda d, b, w, old=data.evaluation_loader: old(d, 8, w)
     )
     spec = replace(helpers.PICO, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     backbone, records = helpers.pico(spec=spec), manifest.records[3:24]
@@ -182,7 +176,7 @@ def test_features_are_cached_until_something_changes(tmp_path, manifest, monkeyp
         calls.append(dtype)  # in fp32, since not every CPU can do more
         return extract_features(backbone, dataset)
 
-    monkeypatch.setattr(features, "extract_features", counted)
+    monkeypatch.setattr(evaluation, "extract_features", counted)
     e = helpers.evaluation(Options(), manifest, tmp_path / "knn")
     rows, view = manifest.split("val"), WholeView(32)
     first = cached_features(e, manifest, rows, view)
@@ -207,7 +201,7 @@ def test_features_are_cached_until_something_changes(tmp_path, manifest, monkeyp
 def features_of(source, manifest, output, **options):
     weights = read_weights(str(source), options.get("checkpoint_key", "teacher"))
     backbone = load_backbone(weights)
-    e = features.Evaluation(Options(**options), weights, backbone, None, output, manifest, 32)
+    e = evaluation.Evaluation(Options(**options), weights, backbone, None, output, manifest, 32)
     return cached_features(e, manifest, manifest.split("val"), WholeView(32))["cls"], backbone
 
 
@@ -240,8 +234,8 @@ def test_random_weights_are_the_same_each_time_or_have_their_own_name():
     ],
 )
 def test_output_folder_belongs_to_the_weights(path, run, folder, monkeypatch):
-    weights = Weights({}, helpers.PICO, path, "0123456789abcdef", run and features.Path(run), {})
-    monkeypatch.setattr(features, "read_weights", lambda *a: weights)
+    weights = Weights({}, helpers.PICO, path, "0123456789abcdef", run and Path(run), {})
+    monkeypatch.setattr(evaluation, "read_weights", lambda *a: weights)
     assert str(open_weights(Options(pretrained=path), "knn")[1]) == folder
     named = open_weights(Options(pretrained=path, output_dir="elsewhere"), "knn")[1]
     assert str(named) == "elsewhere"
@@ -328,7 +322,7 @@ def copy_set(folder, source, keep, tint=0):
 def test_other_set_is_tested_on_whole(prepared, tmp_path):
     manifest = read_manifest(prepared)
     other = copy_set(tmp_path / "other", prepared, manifest.records[:6], tint=1)
-    sets = features.test_sets(manifest, [str(other)])
+    sets = evaluation.test_sets(manifest, [str(other)])
     assert list(sets) == ["", "other"]
     assert sets[""][1] == manifest.split("test")
     assert len(sets["other"][1]) == 6 and sets["other"][0].root == other
@@ -337,10 +331,10 @@ def test_other_set_is_tested_on_whole(prepared, tmp_path):
 def test_sets_that_share_files_with_training_are_refused(prepared, tmp_path):
     manifest = read_manifest(prepared)
     tested = copy_set(tmp_path / "tested", prepared, manifest.split("test"))
-    assert len(features.test_sets(manifest, [str(tested)])["tested"][1]) == 10
+    assert len(evaluation.test_sets(manifest, [str(tested)])["tested"][1]) == 10
     mixed = copy_set(tmp_path / "mixed", prepared, manifest.records[39:])
     with pytest.raises(InputError, match="mixed: 11 photographs"):
-        features.test_sets(manifest, [str(mixed)])
+        evaluation.test_sets(manifest, [str(mixed)])
 
 
 def test_shared_files_are_seen_where_the_manifest_has_no_checksums(prepared, tmp_path):
@@ -348,13 +342,13 @@ def test_shared_files_are_seen_where_the_manifest_has_no_checksums(prepared, tmp
     bare = replace(manifest, records=tuple(replace(r, sha256="") for r in manifest.records))
     mixed = copy_set(tmp_path / "mixed", prepared, [replace(r, sha256="") for r in bare.records])
     with pytest.raises(InputError, match="mixed"):
-        features.test_sets(bare, [str(mixed)])
+        evaluation.test_sets(bare, [str(mixed)])
 
 
 def test_drawn_sets_that_overlap_are_refused():
     drawn = data.open_manifest("synthetic:12")
     with pytest.raises(InputError, match="synthetic:12"):
-        features.test_sets(drawn, ["synthetic:12"])
+        evaluation.test_sets(drawn, ["synthetic:12"])
 
 
 def test_sets_of_one_name_do_not_replace_each_other(prepared, tmp_path):
@@ -363,11 +357,11 @@ def test_sets_of_one_name_do_not_replace_each_other(prepared, tmp_path):
         copy_set(tmp_path / name / "set", prepared, manifest.records[:count], tint=count)
         for name, count in (("a", 1), ("b", 2))
     ]
-    found = features.test_sets(manifest, [str(path) for path in paths])
+    found = evaluation.test_sets(manifest, [str(path) for path in paths])
     assert sorted(len(records) for _, records in found.values()) == [1, 2, 10]
 
 
 def test_empty_manifest_has_no_grades(tmp_path):
     record = Record("a.jpg", None, "p", "", "train")
     with pytest.raises(InputError, match="no graded photograph for test"):
-        features.test_sets(Manifest(tmp_path, (record,), True, "prepared"), [])
+        evaluation.test_sets(Manifest(tmp_path, (record,), True, "prepared"), [])

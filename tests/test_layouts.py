@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from helpers import assert_disjoint, by_path, splits_of, touch
 
-from layouts import PUBLISHED, Reading, open_data
-from manifest import Record, write_manifest
+from fundus.adapters import PUBLISHED
+from fundus.layouts import open_data
+from fundus.listing import Reading
+from fundus.manifest import Record, write_manifest
 from utils import InputError
 
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 from helpers import touch
 
-from layouts import open_data
-from manifest import Manifest, Record, picture_paths, read_manifest, stem_of, write_manifest
+from fundus.layouts import open_data
+from fundus.listing import stem_of
+from fundus.manifest import Manifest, Record, picture_paths, read_manifest, write_manifest
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------- manifest

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn import metrics as sk
 
-from metrics import (
+from fundus.metrics import (
     Predictions,
     brief,
     confusion_metrics,

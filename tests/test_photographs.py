@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFile, ImageFilter, ImageOps
 
-import photographs
-from photographs import (
+from fundus import photographs
+from fundus.photographs import (
     Box,
     PhotographError,
     crop_aspect,
@@ -27,7 +27,7 @@ from photographs import (
     read_photograph,
     subtract_local_mean,
 )
-from synthetic import DrawnEye, draw_photograph
+from fundus.synthetic import DrawnEye, draw_photograph
 
 
 def draw_fundus(width=1000, height=660, centre=(500, 330), radius=300, light=180):

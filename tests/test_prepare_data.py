@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from layouts import open_data
-from manifest import read_manifest
-from photographs import load_photograph, read_photograph, subtract_local_mean
+from fundus.layouts import open_data
+from fundus.manifest import read_manifest
+from fundus.photographs import load_photograph, read_photograph, subtract_local_mean
+from fundus.synthetic import DrawnEye, draw_photograph
 from prepare_data import PrepareOptions, Task, main, prepare_photographs
-from synthetic import DrawnEye, draw_photograph
 from utils import InputError, Stopped
 
 SIZE = 64
@@ -527,6 +527,6 @@ def test_a_signal_is_no_traceback_whenever_it_comes(drawn, tmp_path, monkeypatch
     def interrupted(*_):
         signal.raise_signal(number)
 
-    monkeypatch.setattr(prepare_data.splits, "find_copies", interrupted)
+    monkeypatch.setattr(prepare_data.copies, "find_copies", interrupted)
     with pytest.raises(Stopped, match="same command"):
         prepare(drawn, tmp_path / "out")

@@ -19,7 +19,7 @@ from conftest import child_environment
 from PIL import Image
 from safetensors.torch import load_file
 
-from synthetic import DrawnEye, draw_photograph
+from fundus.synthetic import DrawnEye, draw_photograph
 from utils import HERE, sha256_of
 
 SCRIPTS = ("SSRL", "eval_knn", "eval_linear", "visualize_attention", "prepare_data")
@@ -53,7 +53,7 @@ def command(line, folder, site=QUICK):
 def checkout(tmp_path_factory):
     """A copy of the checkout with a trained run."""
     folder = tmp_path_factory.mktemp("copy") / "SSRL"
-    kept = {"configs", "tools"}
+    kept = {"configs", "fundus", "tools"}
     folder.mkdir()
     for path in HERE.iterdir():
         if path.suffix == ".py":

@@ -10,10 +10,12 @@ import pytest
 from helpers import assert_disjoint, splits_of
 from PIL import Image
 
-from manifest import Manifest, Record
-from photographs import crop_square, find_fundus
-from splits import alike, coarse, find_alike, fold_splits, list_doubts, signature, split_patients
-from synthetic import DrawnEye, draw_photograph
+from fundus.copies import alike, coarse, find_alike, signature
+from fundus.manifest import Manifest, Record
+from fundus.photographs import crop_square, find_fundus
+from fundus.review import list_doubts
+from fundus.splits import fold_splits, split_patients
+from fundus.synthetic import DrawnEye, draw_photograph
 from utils import InputError
 
 # ------------------------------------------------------------------------------------------ splits

@@ -15,7 +15,8 @@ from torch.utils.data import default_collate
 import SSRL
 from augment import MultiCrop, apply_color, color_views
 from data import PhotographDataset, StepSampler, open_manifest
-from runs import Processes, RunFolder
+from devices import Processes
+from run_folder import RunFolder
 from utils import Diverged
 
 ONE = Processes(torch.device("cpu"))

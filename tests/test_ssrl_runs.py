@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from test_ssrl import flat, same
 
 import SSRL
+from run_folder import load_torch
 from utils import HERE, Diverged, InputError, Stopped
-from weights import load_torch
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -153,9 +153,9 @@ def test_variants_train(tiny, changed):
 SEVERAL = """
 import contextlib, sys
 sys.modules["torch.utils.tensorboard"] = None
-import SSRL, runs, utils
-with runs.process_group("cpu") as processes:
-    runs.process_group = lambda device: contextlib.nullcontext(processes)
+import SSRL, devices, utils
+with devices.process_group("cpu") as processes:
+    devices.process_group = lambda device: contextlib.nullcontext(processes)
     for flags in open("runs.txt"):
         try:
             SSRL.main(utils.parse(SSRL.Options, flags.split())[0], None)

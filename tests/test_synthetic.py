@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-import synthetic
-from synthetic import LESIONS, DrawnEye, draw_photograph, plan_eyes
+from fundus import synthetic
+from fundus.synthetic import LESIONS, DrawnEye, draw_photograph, plan_eyes
 
 HEIGHT = 192
 BY_GRADE = [

@@ -22,6 +22,7 @@ from timm.scheduler import CosineLRScheduler
 
 import eval_knn
 import eval_linear
+import run_folder
 import SSRL
 import utils
 import visualize_attention
@@ -385,7 +386,7 @@ def test_linear_schedule_equals_numpy():
 
 def test_progress_writes_json_lines(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    progress = utils.Progress(tmp_path, 2, 6, 8, main=True)
+    progress = run_folder.Progress(tmp_path, 2, 6, 8, main=True)
     for step, loss in ((3, 4.0), (4, 2.0), (5, 7.0)):
         measured = {"step": step, "loss": torch.tensor(loss), "lr": 0.1, "waited": 0.0}
         spread = {"teacher_entropy": 0.5, "marginal_entropy": 0.6}
@@ -400,7 +401,7 @@ def test_progress_writes_json_lines(tmp_path, monkeypatch):
 
 
 def test_only_the_main_process_writes(tmp_path):
-    progress = utils.Progress(tmp_path, 0, 6, 8, main=False)
+    progress = run_folder.Progress(tmp_path, 0, 6, 8, main=False)
     progress.record({"rankme": 3.5})
     progress.close()
     assert not list(tmp_path.iterdir())

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import layouts
 import visualize_attention
-from photographs import load_photograph
+from fundus import listing
+from fundus.photographs import load_photograph
 from utils import InputError
 from vision_transformer import BackboneSpec
 from visualize_attention import Options, attend, draw, find_photographs, main, strongest
@@ -237,4 +237,4 @@ def test_pictures_of_one_photograph_are_not_written_over_anothers(run, tmp_path)
 
 
 def test_known_suffixes_are_those_of_the_data_sets():
-    assert visualize_attention.SUFFIXES == layouts.SUFFIXES
+    assert visualize_attention.SUFFIXES == listing.SUFFIXES

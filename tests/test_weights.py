@@ -22,10 +22,11 @@ from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 
 import weights
-from features import newest_run
+from evaluation import newest_run
+from run_folder import load_torch, save_torch
 from utils import InputError
 from vision_transformer import ARCHS, Backbone, BackboneSpec
-from weights import load_backbone, load_torch, read_weights, save_torch
+from weights import load_backbone, read_weights
 
 
 def weights_of(state, spec=helpers.PICO) -> weights.Weights:

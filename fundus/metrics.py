@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-GRADES = 5
+from fundus.manifest import GRADES
+
 REFERABLE = 2  # the first referable grade
 
 

@@ -1,21 +1,15 @@
-"""What a run needs of torch and its folder: processes, device, checkpoints, progress, stopping."""
+"""Where a program computes: its processes, device, precision and memory, and signals to stop it."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
-import importlib.metadata
 import inspect
 import os
-import platform
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils import HERE, InputError, dump_options, log, split_log, write_atomic, write_record
-from weights import load_torch
+from utils import InputError
 
 
-# ------------------------------------------------------------------------------- processes, device
 @dataclass(frozen=True)
 class Processes:
     """The processes of this run and the device of this one."""
@@ -176,32 +168,6 @@ def _survives_bf16() -> bool:
     return child < 0 or os.waitpid(child, 0)[1] == 0
 
 
-def commit() -> str:
-    """Return this checkout's commit, "-modified" where files differ; empty without git."""
-    said = []
-    status = ("status", "--porcelain", "--", str(HERE), ":!benchmarks/results")
-    for arguments in (("rev-parse", "HEAD"), status):
-        try:
-            command = ["git", "-C", str(HERE), *arguments]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.SubprocessError):
-            return ""
-        said.append(run.stdout.strip())
-    return said[0] + ("-modified" if said[1] else "")
-
-
-def versions() -> dict[str, str]:
-    """Return what a result depends on: Python, libraries, machine and this checkout's commit."""
-    names = ["torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn"]
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-        "device": cuda or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "commit": commit(),
-    }
-
-
 def peak_memory(device: torch.device) -> float:
     """Return the most GB that this process held: of a GPU, else of main memory (0: no Linux)."""
     if device.type == "cuda":
@@ -233,97 +199,6 @@ def memory_advice(options: Any) -> Iterator[None]:
         also = [advice, "" if o.checkpointing else "--checkpointing, slower", "smaller crops"]
         told = f"{'; or '.join(filter(None, also))}; in a new --output-dir or with --overwrite"
         raise InputError(f"--batch-size {size}: out of memory; try {told}") from error
-
-
-# -------------------------------------------------------------------------- folder, progress, stop
-class RunFolder:
-    """A training run's folder: what may continue in it, and its log.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.data = path, ""  # fingerprint
-        self.options: dict[str, Any] = {}
-
-    @classmethod
-    def of(cls, options: Any, config: Path | None, default: str) -> RunFolder:
-        """Return `--output-dir`, else runs/<config name>; a run's own config names a new folder."""
-        if options.output_dir:
-            return cls(Path(options.output_dir))
-        if not config or config.name != "config.yaml":
-            return cls(Path("runs") / (config.stem if config else default))
-        base, count = config.resolve().parent.name, 2
-        while (Path("runs") / f"{base}-{count}").exists():
-            count += 1
-        return cls(Path("runs") / f"{base}-{count}")
-
-    def open(
-        self, options: Any, data: str, resumable: Sequence[str], processes: Processes
-    ) -> dict[str, Any] | None:
-        """Return the checkpoint to continue from, None for a fresh start, whose config is written.
-
-        Raises InputError when the folder holds a run of other options or data, naming them, unless
-        `--overwrite` clears it.
-        """
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
-        ignored = ("output_dir", "overwrite", "resume", "debug")
-        self.options = {k: v for k, v in plain.items() if k not in ignored}
-        self.options["processes"] = processes.world  # with the batch size it makes the step
-        self.data = data
-        saved, record = None, self.path / "log.jsonl"
-        with processes.main_first():
-            if options.overwrite and processes.is_main and self.path.is_dir():
-                self._clear()
-        if (self.path / "checkpoint.pth").is_file():
-            saved = load_torch(self.path / "checkpoint.pth")
-            defaults = {field.name: field.default for field in dataclasses.fields(options)}
-            self._compare(defaults | saved["options"], saved["data"], resumable, options.resume)
-        processes.agree(saved["step"] if saved else -1, f"the step of {self.path}/checkpoint.pth")
-        told, lost = split_log(record, saved["step"] if saved else 0)
-        if lost and not saved:
-            raise InputError(
-                f"{self.path} holds a run without its checkpoint.pth, which it needs to go on; "
-                "give another --output-dir, or --overwrite to start anew in it"
-            )
-        told = told if saved else ""
-        if processes.is_main and record.is_file() and record.read_text("utf-8") != told:
-            write_atomic(record, lambda temporary: temporary.write_text(told, "utf-8"))
-        text, config = dump_options(options), self.path / "config.yaml"
-        if processes.is_main and not (config.is_file() and config.read_text() == text):
-            write_atomic(config, lambda temporary: temporary.write_text(text))
-        if processes.is_main and saved is None:
-            first = {"command": sys.argv, "data": data, "versions": versions()}
-            write_record(self.path, first | {"options": self.options})
-        return saved
-
-    def _clear(self) -> None:
-        """Delete the folder, if it is a run's or empty: `--overwrite` on any other is a mistake."""
-        ours = all((self.path / name).is_file() for name in ("config.yaml", "log.jsonl"))
-        if any(self.path.iterdir()) and not ours:
-            raise InputError(f"--overwrite: {self.path} holds no run (config.yaml); name another")
-        shutil.rmtree(self.path)
-
-    def _compare(
-        self, old: dict[str, Any], data: str, resumable: Sequence[str], resume: str
-    ) -> None:
-        old = {k: list(v) if isinstance(v, tuple) else v for k, v in old.items()}
-        new = self.options
-        changed = {k: f"{old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
-        if changed.get("epochs") and new["epochs"] > old["epochs"]:
-            log.info("resume: epochs %s", changed.pop("epochs"))
-        for name in resumable:
-            if name in changed:
-                log.info("resume: %s %s", name, changed.pop(name))
-        if data != self.data:
-            changed["data"] = "other photographs, grades or splits"
-        elif changed.pop("data", None):
-            log.info("resume: the same data at %s", new["data"])
-        if resume == "never":
-            changed["resume"] = "never, and a run is there"
-        if changed:
-            listed = "; ".join(f"{k}: {v}" for k, v in changed.items())
-            raise InputError(
-                f"{self.path} holds another run ({listed}); "
-                "give another --output-dir, or --overwrite to start anew in it"
-            )
 
 
 class StopSignal:

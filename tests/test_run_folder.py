@@ -15,12 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 from conftest import tiny_values
 
-import runs
+import devices
+import run_folder
 import SSRL
 import utils
-from runs import Processes, RunFolder
+from devices import Processes
+from run_folder import RunFolder, load_torch, save_torch
 from utils import InputError
-from weights import load_torch, save_torch
 
 ONE = Processes(torch.device("cpu"))
 
@@ -28,7 +29,7 @@ ONE = Processes(torch.device("cpu"))
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "versions", dict)
+    monkeypatch.setattr(run_folder, "versions", dict)
     return SSRL.Options(**tiny_values("photographs"))
 
 
@@ -187,17 +188,19 @@ def test_names_of_folders(options, tmp_path):
 def test_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert runs.pick_device("auto") == runs.pick_device("cpu") == torch.device("cpu")
+    assert devices.pick_device("auto") == devices.pick_device("cpu") == torch.device("cpu")
     for name in ("cuda", "mps"):
         with pytest.raises(InputError, match=f"--device {name}"):
-            runs.pick_device(name)
+            devices.pick_device(name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert runs.pick_device("auto") == torch.device("mps")
+    assert devices.pick_device("auto") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(InputError, match="4 processes for 3 GPUs"):
-        runs.pick_device("cuda", 3)
-    assert runs.pick_device("auto", 2) == runs.pick_device("cuda", 2) == torch.device("cuda", 2)
+        devices.pick_device("cuda", 3)
+    assert (
+        devices.pick_device("auto", 2) == devices.pick_device("cuda", 2) == torch.device("cuda", 2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,13 +216,13 @@ def test_device_that_is_not_there(monkeypatch):
     ],
 )
 def test_precision_on_a_cpu(monkeypatch, lists, survives, precision, expected):
-    monkeypatch.setattr(runs, "_cpu_flags", lambda: {"fma", "avx512_bf16"} if lists else {"fma"})
-    monkeypatch.setattr(runs, "_survives_bf16", lambda: survives)
+    monkeypatch.setattr(devices, "_cpu_flags", lambda: {"fma", "avx512_bf16"} if lists else {"fma"})
+    monkeypatch.setattr(devices, "_survives_bf16", lambda: survives)
     if expected is InputError:
         with pytest.raises(InputError, match=f"--precision {precision}"):
-            runs.autocast_dtype(precision, torch.device("cpu"))
+            devices.autocast_dtype(precision, torch.device("cpu"))
     else:
-        assert runs.autocast_dtype(precision, torch.device("cpu")) is expected
+        assert devices.autocast_dtype(precision, torch.device("cpu")) is expected
 
 
 @pytest.fixture
@@ -233,7 +236,7 @@ def matmul_switch():
 
 def test_matmul_that_was_sped_up_is_that_of_fp32(matmul_switch):
     """Held against float64, with numbers that bf16 could not hold."""
-    runs.speed_up_matmul()
+    devices.speed_up_matmul()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(300, 400, generator=generator) + 1 for _ in range(2))
     expected = a.double() @ b.double().T
@@ -245,20 +248,20 @@ def test_matmul_that_was_sped_up_is_that_of_fp32(matmul_switch):
 @pytest.mark.parametrize("reason", ["amx", "rounds"])
 def test_matmul_stays_where_speed_would_cost_precision(matmul_switch, monkeypatch, reason):
     flags = {"avx512f", "amx_bf16"} if reason == "amx" else {"avx512f"}
-    monkeypatch.setattr(runs, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(devices, "_cpu_flags", lambda: flags)
     if reason == "rounds":  # as a product in bf16 does
         product = torch.Tensor.__matmul__
         rounded = lambda a, b: product(a.bfloat16(), b.bfloat16()).float()  # noqa: E731
         monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    runs.speed_up_matmul()
+    devices.speed_up_matmul()
     assert matmul_switch.fp32_precision == "none"
 
 
 # ------------------------------------------------------------------------------------------- memory
 def test_peak_memory_grows_with_what_is_held():
-    before = runs.peak_memory(torch.device("cpu"))
+    before = devices.peak_memory(torch.device("cpu"))
     held = np.ones(int(before * 1e9 / 8) + 20_000_000)
-    after = runs.peak_memory(torch.device("cpu"))
+    after = devices.peak_memory(torch.device("cpu"))
     assert after - 0.16 > before > 0.05 and len(held)
 
 
@@ -279,11 +282,11 @@ def test_out_of_memory_is_told_with_what_may_fit(options, batch, accumulate, cen
     errors += [RuntimeError("Caught MemoryError in DataLoader worker process 0.")]
     for error in errors if batch == 20 else errors[:1]:
         named = pytest.raises(InputError, match=f"--batch-size {batch}: out of memory")
-        with named as caught, runs.memory_advice(o):
+        with named as caught, devices.memory_advice(o):
             raise error
         assert told in str(caught.value) and "--checkpointing" in str(caught.value)
         assert "new --output-dir or with --overwrite" in str(caught.value)
-    with pytest.raises(InputError) as caught, runs.memory_advice(replace(o, checkpointing=True)):
+    with pytest.raises(InputError) as caught, devices.memory_advice(replace(o, checkpointing=True)):
         torch.empty(10**15)
     assert "--checkpointing" not in str(caught.value)
 
@@ -291,14 +294,14 @@ def test_out_of_memory_is_told_with_what_may_fit(options, batch, accumulate, cen
 @pytest.mark.parametrize("batch, part", [(20, 10), (9, 3), (7, 0), (2, 0)])
 def test_advice_is_what_koleo_and_batch_norm_take(options, batch, part):
     o = replace(options, batch_size=batch, koleo_weight=0.1, use_bn_in_head=True)
-    with pytest.raises(InputError) as caught, runs.memory_advice(o):
+    with pytest.raises(InputError) as caught, devices.memory_advice(o):
         raise MemoryError
     advice = re.findall(r"try --batch-size (\d+), which makes other steps", str(caught.value))
     assert advice == ([str(part)] if part else []) and "--accumulate" not in str(caught.value)
 
 
 def test_other_errors_are_no_matter_of_memory(options):
-    with pytest.raises(RuntimeError, match="shape"), runs.memory_advice(options):
+    with pytest.raises(RuntimeError, match="shape"), devices.memory_advice(options):
         torch.zeros(2).view(3)
 
 
@@ -314,7 +317,7 @@ def test_other_errors_are_no_matter_of_memory(options):
 )
 def test_precision_on_cuda(monkeypatch, capability, precision, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert runs.autocast_dtype(precision, torch.device("cuda", 0)) is expected
+    assert devices.autocast_dtype(precision, torch.device("cuda", 0)) is expected
 
 
 # -------------------------------------------------------------------------------------- signals
@@ -337,7 +340,7 @@ def test_processes_that_see_different_checkpoints_all_refuse(tmp_path):
 
 
 def test_stop_signal_is_noted_and_the_second_ends(handlers):
-    stop = runs.StopSignal(ONE)
+    stop = devices.StopSignal(ONE)
     assert not stop.agreed()
     signal.raise_signal(signal.SIGTERM)
     assert stop.agreed()
@@ -347,7 +350,7 @@ def test_stop_signal_is_noted_and_the_second_ends(handlers):
 
 def test_versions_tell_the_libraries():
     began = time.monotonic()
-    told = runs.versions()
+    told = run_folder.versions()
     assert told["torch"] == torch.__version__.split("+")[0] or told["torch"] == torch.__version__
     assert {"python", "timm", "numpy", "device", "commit"} <= told.keys()
     assert time.monotonic() - began < 30

@@ -9,10 +9,20 @@ disc at 0, temporal to the right, up is up; headings are angles (radians) on it.
 """
 
 import io
-from dataclasses import dataclass
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+from fundus.manifest import Manifest, Record, read_manifest, write_manifest
+from fundus.photographs import crop_square, find_fundus
+from fundus.splits import split_patients
+from utils import log, sha256_of, write_json
 
 TABLE = {  # fewest and most in grades 1-4 (exudates: clusters; beading: veins); then radius (DD),
     # its spread, least radius in pixels so that it is seen, roughness, stretch, soft edge (DD)
@@ -330,3 +340,54 @@ def _expose(rng, patient, view: _View, planes) -> np.ndarray:
     image = Image.fromarray(np.clip(np.asarray(image) + grain[..., None], 0, 255).astype(np.uint8))
     image.save(file := io.BytesIO(), "JPEG", quality=int(patient.integers(70, 96)))
     return np.array(Image.open(file))
+
+
+SYNTHETIC_SIZE = 256  # side of the drawn ones
+SYNTHETIC_COUNT = 1000
+SYNTHETIC_VERSION = 3  # of the drawn folder: part of the cache's name
+
+
+def synthetic_manifest(count: int) -> Manifest:
+    """Return the cached folder of `count` drawn photographs; draws it if it is not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssrl"
+    folder = cache / f"synthetic-{count}-{SYNTHETIC_SIZE}-v{SYNTHETIC_VERSION}"
+    if not (folder / "manifest.csv").is_file():
+        draw_folder(folder, count)
+    return read_manifest(folder)
+
+
+def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
+    """Draw `count` photographs with their lesion masks as a prepared folder, on all cores.
+
+    `folder` receives images/*.jpg, masks/<image>_<lesion>.png (255 inside, only where there is such
+    a lesion) and manifest.csv, the manifest last: a folder that has it is complete.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "masks").mkdir(exist_ok=True)
+    eyes = plan_eyes(count, seed)
+    records = [
+        Record(f"images/{e.patient}_{e.eye}.jpg", e.grade, e.patient, e.eye, "train", "synthetic")
+        for e in eyes
+    ]
+    log.info("drawing %d synthetic photographs into %s", count, folder)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(partial(_draw_eye, folder), eyes, chunksize=8)
+        digests = list(tqdm(drawn, total=count, desc="draw", disable=None))
+    records = [replace(r, sha256=digest) for r, digest in zip(records, digests, strict=True)]
+    write_json(folder / "data_report.json", {"layout": "synthetic", "size": SYNTHETIC_SIZE})
+    write_manifest(folder, split_patients(records))
+
+
+def _draw_eye(folder: Path, eye: DrawnEye) -> str:
+    """Draw a photograph and its masks in the prepared form; returns the photograph's SHA-256."""
+    frame, masks = draw_photograph(eye, height=SYNTHETIC_SIZE * 9 // 8)
+    box, name = find_fundus(frame), f"{eye.patient}_{eye.eye}"
+    picture = Image.fromarray(crop_square(frame, box, SYNTHETIC_SIZE))
+    picture.save(folder / "images" / f"{name}.jpg", quality=95, subsampling=0)
+    for lesion, mask in masks.items():
+        if mask.any():
+            whole = mask.astype(np.uint8) * 255
+            share = crop_square(whole, box, SYNTHETIC_SIZE, Image.Resampling.BOX)
+            inside = (share > 0).astype(np.uint8) * 255  # lesions of one pixel survive
+            Image.fromarray(inside).save(folder / "masks" / f"{name}_{lesion}.png")
+    return sha256_of(folder / "images" / f"{name}.jpg")

@@ -1,36 +1,17 @@
-"""How each data set lies on disk: its photographs, grades, patients and splits.
+"""One small function for each data set as it is downloaded, and what each set publishes.
 
-`open_data` recognises a folder and gives a Manifest, the one internal form. A new data set is one
-function and one entry in LAYOUTS. Other counts than PUBLISHED are told, since people take parts.
+A new data set is one function and one entry in LAYOUTS. Other counts than PUBLISHED are told, since
+people take parts.
 """
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-from manifest import (
-    SPLITS,
-    SUFFIXES,
-    Found,
-    Manifest,
-    Reading,
-    Record,
-    check_files,
-    check_leaks,
-    check_path,
-    grade_of_name,
-    lone_records,
-    named_records,
-    read_csv,
-    read_header,
-    read_manifest,
-    some,
-    stem_of,
-)
-from splits import complete_splits
+from fundus.listing import Found, grade_of_name, lone_records, named_records, stem_of
+from fundus.manifest import SPLITS, Record, check_files, check_path, read_csv, read_header, some
 from utils import InputError
 
 EXPECTED = (
@@ -44,80 +25,16 @@ PUBLISHED = {  # photographs of grades 0 to 4 in each split, or in all
     "messidor2": {"test": (1017, 270, 347, 75, 35)},
     "idrid": {"train": (134, 20, 136, 74, 49), "test": (34, 5, 32, 19, 13)},
 }
+
+
 # Of EyePACS, black or without a fundus that scaling finds, as its users have reported.
 KNOWN_BAD = """492_right 25313_right 27096_right 1986_left 32253_right 34689_left 43457_left
 766_left 1557_left 18972_left 679_right 21345_left 21720_left 26064_right 42130_left"""
+
+
 NO_PATIENTS = "patients are not published: each photograph counts as one"
 
 
-def open_data(path, layout: str = "auto", reading=None, linked=None) -> Manifest:
-    """Recognise a data set (EXPECTED, else InputError), read it, and complete its splits.
-
-    `path` is a folder, or a csv in it; `linked` gives pairs of photographs not to be parted.
-    """
-    manifest = read_data(path, layout, reading or Reading())
-    return complete_splits(manifest, linked(manifest) if linked else ())
-
-
-def read_data(path, layout: str, reading: Reading) -> Manifest:
-    """Read a data set with the splits that it has been published with, train where it has none."""
-    root, name = Path(path).expanduser(), "manifest.csv"
-    if root.suffix.lower() == ".csv" and root.is_file():
-        root, name = root.parent, root.name
-        if not (name.startswith("manifest") or reading.path_column):
-            raise InputError(
-                f"{path}: say which column holds the paths: prepare_data.py "
-                f"--path-column NAME (of {some(read_header(root / name))})"
-            )
-    if not root.is_dir():
-        raise InputError(f"{root}: is not a folder that exists; expected {EXPECTED}")
-    layout = "csv" if layout == "auto" and reading.path_column else layout
-    if layout == "auto" and (root / name).is_file() and name.startswith("manifest"):
-        return read_manifest(root, name)
-    if (root / "prepare.jsonl").is_file():
-        raise InputError(f"{root}: its preparation is unfinished; repeat that prepare_data.py")
-    found = _scan(root, reading)
-    layout, records = _choose(found, layout, name)
-    _compare(found, layout, records)
-    if not (NO_PATIENTS in "".join(found.notes) or reading.patient_column):
-        lone = [record.path for record in records if not record.eye]
-        what = f"{len(lone)} photographs whose names tell no patient count as one patient each"
-        found.notes += [f"{what}: {some(lone)}"] if lone else []
-    check_leaks(records, root)
-    return Manifest(root, tuple(records), False, layout, tuple(found.notes), found.lists)
-
-
-def _choose(found: Found, layout: str, name: str) -> tuple[str, list[Record]]:
-    """Read a folder as `layout`, or as the first that fits it; `name` is the csv's."""
-    root, reading = found.root, found.reading
-    if layout == "csv":
-        records = _csv(found, name)
-    elif layout == "auto":
-        read = ((key, adapter(found)) for key, adapter in LAYOUTS.items())
-        layout, records = next(pair for pair in read if pair[1] is not None)
-    else:
-        records = LAYOUTS[layout](found) or []
-    for given, used in ((reading.path_column, "csv"), (reading.grades, "class_folders")):
-        if given and layout != used:
-            raise InputError(f"{root}: is read as {layout}, which has no use for {given!r}")
-    if not records:
-        names = sorted(os.listdir(root))
-        what = "" if layout == "photographs" else f", and no photographs of {layout}"
-        raise InputError(f"{root}: found {some(names) or 'nothing'}{what}; {_expected(names)}")
-    return layout, records
-
-
-def _compare(found: Found, layout: str, records: list[Record]) -> None:
-    """Note what was found of each split beside what the data set publishes."""
-    for split, expected in PUBLISHED.get(layout, {}).items():
-        rows = [r for r in records if split in (r.split, "all")]
-        counts = tuple(Counter(r.grade for r in rows)[grade] for grade in range(5))
-        note = f"{split}: {len(rows)} photographs of grades 0-4 {counts}"
-        more = f"; published {sum(expected)} {expected}" if counts != expected else ", as published"
-        found.notes.append(note + more)
-
-
-# ---------------------------------------------------------------------------------------- adapters
 def _eyepacs(found: Found) -> list[Record] | None:
     """EyePACS as Kaggle ships it, and mirrors with other suffixes or sub-folders."""
     files = {"train": "trainlabels.csv", "test": "retinopathy_solution.csv"}
@@ -133,7 +50,9 @@ def _eyepacs(found: Found) -> list[Record] | None:
         items += found.join(inside, file, split, "image", "level")
     if not items:
         names = os.listdir(found.root)
-        raise InputError(f"{found.root}: no photographs in {some([*labelled])}; {_expected(names)}")
+        raise InputError(
+            f"{found.root}: no photographs in {some([*labelled])}; {expected_form(names)}"
+        )
     if "test" not in labelled:
         left = [p for p in found.photographs if "test" in p.lower().split("/")[:-1]]
         what = "photographs of test/ left out, their grades (retinopathy_solution.csv) are missing"
@@ -220,7 +139,7 @@ def _idrid(found: Found) -> list[Record] | None:
     return lone_records(items) if items else None
 
 
-def _csv(found: Found, name: str) -> list[Record]:
+def csv_records(found: Found, name: str) -> list[Record]:
     """Any csv whose columns are named: paths relative to it, or names of photographs below it."""
     reading, files = found.reading, [name] if name in os.listdir(found.root) else []
     files = files or [file for name, file in found.tables.items() if name.endswith(".csv")]
@@ -312,36 +231,6 @@ LAYOUTS = {
 }
 
 
-# ----------------------------------------------------------------------------------------- folders
-def _scan(root: Path, reading: Reading) -> Found:
-    """List photographs and tables at any depth, by posix paths; links are followed."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    photographs, tables, others, seen = [], [], [], set()
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)  # a link back up would never end
-        folders[:] = [f for f in folders if real not in seen and f[0] != "." and f != "__MACOSX"]
-        prefix = Path(folder).relative_to(root)
-        shown = [n for n in names if n[0] != "." and real not in seen]
-        paths = [(n.lower(), (prefix / n).as_posix()) for n in shown]
-        photographs += [path for name, path in paths if name.endswith(SUFFIXES)]
-        tables += [path for name, path in paths if name.endswith((".csv", ".txt"))]
-        known = (*SUFFIXES, ".csv", ".txt")
-        others += [os.path.splitext(name)[1] for name, _ in paths if not name.endswith(known)]
-        seen.add(real)
-    tables.sort(key=lambda path: (-path.count("/"), path))
-    by_name = {PurePosixPath(path).name.lower(): path for path in tables}  # the uppermost stays
-    odd = [path for path in photographs if path != path.encode("utf-8", "replace").decode()]
-    if odd:
-        raise InputError(f"{root}: {ascii(odd[0])} is no name in UTF-8; rename the file")
-    counts = sorted((-n, kind or "without suffix") for kind, n in Counter(others).items())
-    kinds = ", ".join(f"{-n} {kind}" for n, kind in counts)
-    notes = [f"files that are not read: {kinds}"] if kinds else []
-    return Found(root, sorted(photographs), by_name, reading, notes)
-
-
-def _expected(names: Iterable[str]) -> str:
+def expected_form(names: Iterable[str]) -> str:
     packed = any(re.search(r"\.(zip|7z|tar|tgz|gz|\d{3})$", name) for name in names)
     return "unpack the archives (parts: `7z x train.zip.001`)" if packed else f"expected {EXPECTED}"

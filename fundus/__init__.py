@@ -1,0 +1,1 @@
+"""What is known about photographs of the retina, without torch."""
