@@ -43,6 +43,17 @@ class Stopped(RuntimeError):
     """A signal ended the run and its state is saved (exit code 75)."""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Least and largest value that an option takes, both allowed; of a list, each value's.
+
+    Written beside the field: `epochs: Annotated[int, Bounds(1, 100_000)] = 100`.
+    """
+
+    low: float
+    high: float
+
+
 @dataclass
 class RunOptions:
     """Options of every script."""
@@ -53,11 +64,11 @@ class RunOptions:
     """Where to compute; auto takes CUDA, then MPS, then the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the networks; auto is bf16 where the hardware has it, else fp32."""
-    workers: Annotated[int, tyro.conf.arg(aliases=("--num-workers",))] = dataclasses.field(
-        default_factory=lambda: min(8, os.cpu_count() or 1)
+    workers: Annotated[int, Bounds(0, 1024), tyro.conf.arg(aliases=("--num-workers",))] = (
+        dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
     )
     """Processes that load photographs, for each training process; 0: none beside it."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """Seed of everything random. Splits do not depend on it."""
     overwrite: bool = False
     """Replace results that an earlier run left in the output folder."""
@@ -65,8 +76,7 @@ class RunOptions:
     """Show the traceback of errors that are otherwise one message."""
 
     def __post_init__(self) -> None:
-        check_options(self, "workers", lambda v: v >= 0, "0 or more")
-        check_options(self, "seed", lambda v: 0 <= v < 2**32, "0 to 2^32 - 1")
+        check_bounds(self)
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -183,6 +193,29 @@ def run_main(main: Any, options_class: type, *, default_config: Path | None = No
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_CODES[type(error)])
+
+
+def check_bounds(options: Any) -> None:
+    """Raise InputError for the first number among the options that is outside its Bounds.
+
+    NaN is outside any. A dict's values and a list's are checked one by one.
+    """
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        bounds = [m for m in getattr(hints[field.name], "__metadata__", ()) if type(m) is Bounds]
+        if not bounds:
+            continue
+        value = getattr(options, field.name)
+        numbers = [value]
+        if isinstance(value, dict):
+            numbers = list(value.values())
+        elif isinstance(value, (tuple, list)):
+            numbers = list(value)
+        low, high = bounds[0].low, bounds[0].high
+        for number in numbers:
+            if not low <= number <= high:
+                flag = "--" + field.name.replace("_", "-")
+                raise InputError(f"{flag} {number}: expected {low:g} to {high:g}")
 
 
 def check_options(options: Any, names: str, fits: Any, expected: str) -> None:
