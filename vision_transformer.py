@@ -1,18 +1,25 @@
-"""The networks: backbone and projection head.
+"""The networks: a backbone, which is any vision transformer of timm, and the projection head.
 
-The backbone is timm's VisionTransformer, with the views of it that self-distillation and frozen
-evaluation need; its parameter names are timm's, which are DINO's too.
+`Backbone` wraps timm's network and gives the method what it reads: the embedding ([CLS]), patch
+tokens, frozen features of several blocks, and the last block's attention. Its weights stand in
+files under timm's names, which are DINO's too.
 Shapes: B batch, N tokens, D width, H heads, K prototypes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -22,119 +29,392 @@ from utils import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MOST_WEIGHTS = 2**27  # of attention, over batch and heads, that a CPU computes in memory
 
-ARCHS = {  # width, blocks, heads; each width stands for one number of heads
-    "vit_pico": (64, 2, 2),
-    "vit_nano": (128, 6, 4),
-    "vit_tiny": (192, 12, 3),
-    "vit_small": (384, 12, 6),
-    "vit_base": (768, 12, 12),
-    "vit_large": (1024, 24, 16),
+# The most attention weights, over batch and heads, that a CPU computes in memory: 512 MB in fp32.
+MAX_ATTENTION_WEIGHTS = 2**27
+
+
+# ----------------------------------------------------------------------------------- architectures
+class Architecture(NamedTuple):
+    """A network of timm and what is changed in it."""
+
+    timm_name: str
+    changes: dict[str, Any]
+
+
+def _plain_vit(width: int, depth: int, heads: int) -> Architecture:
+    """Return the ViT of arXiv 2010.11929 with these dimensions; any patch size fits it."""
+    changes = {"embed_dim": width, "depth": depth, "num_heads": heads}
+    return Architecture("vit_small_patch16_224", changes)
+
+
+# The short names of `--arch`. Any other ViT is called by the name that timm gives it.
+ARCHS = {
+    "vit_pico": _plain_vit(64, 2, 2),  # for tests
+    "vit_nano": _plain_vit(128, 6, 4),  # for laptops
+    "vit_tiny": _plain_vit(192, 12, 3),
+    "vit_small": _plain_vit(384, 12, 6),
+    "vit_small_h12": _plain_vit(384, 12, 12),  # MoCo v3's ViT-S (arXiv 2104.02057) has 12 heads
+    "vit_base": _plain_vit(768, 12, 12),
+    "vit_large": _plain_vit(1024, 24, 16),
 }
-Arch = Literal["vit_pico", "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large"]
+
+
+def find_architecture(arch: str) -> Architecture:
+    """Return what `arch` stands for: a name of ARCHS, or a name of timm, with a tag or without.
+
+    Raises InputError for an unknown name, with those that are spelled alike.
+    """
+    if arch in ARCHS:
+        return ARCHS[arch]
+    name = arch.partition(".")[0]
+    if timm.is_model(name):
+        return Architecture(name, {})
+    known = [
+        *ARCHS,
+        *timm.list_models(module="vision_transformer"),
+        *timm.list_models(module="eva"),
+    ]
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"short names: {', '.join(ARCHS)}"
+    raise InputError(f"--arch {arch}: timm has no such network; {hint}")
+
+
+class Blueprint(NamedTuple):
+    """What an architecture is when nothing is asked of it: its own patch and image size."""
+
+    patch_size: int
+    image_size: int
+    has_position_embedding: bool
+
+
+@functools.cache
+def blueprint(arch: str) -> Blueprint:
+    """Return an architecture's own sizes in pixels, read off a network without memory.
+
+    Raises InputError for unknown names, and for networks that are no plain sequence of patch
+    tokens and transformer blocks (timm's VisionTransformer or Eva).
+    """
+    architecture = find_architecture(arch)
+    with torch.device("meta"):  # no memory is taken, however large the network
+        network = timm.create_model(architecture.timm_name, num_classes=0, **architecture.changes)
+    is_vit = isinstance(network, (VisionTransformer, Eva))
+    if not is_vit or not isinstance(network.patch_embed, PatchEmbed):
+        raise InputError(
+            f"--arch {arch}: is a {type(network).__name__}; expected a vision transformer with "
+            "patch tokens throughout (timm's VisionTransformer or Eva)"
+        )
+    has_position_embedding = network.pos_embed is not None
+    patch_size = network.patch_embed.patch_size[0]
+    image_size = network.patch_embed.img_size[0]
+    return Blueprint(patch_size, image_size, has_position_embedding)
+
+
+def default_patch_size(arch: str) -> int:
+    """Return the side of an architecture's own patches in pixels; 16 for the short names."""
+    return blueprint(arch).patch_size
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
     """What a backbone is, apart from its weights; written beside them."""
 
-    arch: str
+    arch: str  # a name of ARCHS or of timm
     patch_size: int
     image_size: int  # that the position embedding is laid out for; other sizes resample it
-    mean: tuple[float, ...] = IMAGENET_MEAN
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of the RGB input, 0 to 1
     std: tuple[float, ...] = IMAGENET_STD
+    pooling: str = ""  # timm's global_pool, where it is not the architecture's own
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):  # files give tuples back as lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        # Files give tuples back as lists.
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
 
     @property
     def timm_name(self) -> str:
-        """timm's model of these dimensions, empty where timm has none."""
-        name = f"{self.arch}_patch{self.patch_size}_224"
-        return name if self.image_size == 224 and timm.is_model(name) else ""
+        """The network of timm that these weights fit as they are; empty where there is none."""
+        name = self.arch
+        if name in ARCHS:
+            name = f"{name}_patch{self.patch_size}_224"
+        name = name.partition(".")[0]
+        if self.pooling or not timm.is_model(name):
+            return ""
+        own = blueprint(name)
+        fits = not own.has_position_embedding or own.image_size == self.image_size
+        return name if fits and own.patch_size == self.patch_size else ""
 
 
-class Backbone(VisionTransformer):
-    """timm's ViT of a BackboneSpec, without classifier; `forward` gives the normed [CLS] (B, D)."""
+def create_vit(spec: BackboneSpec, drop_path: float = 0.0) -> VisionTransformer | Eva:
+    """Return timm's network of a spec, with random weights, for images of any size.
+
+    `drop_path` is the rate of stochastic depth at the last block; it grows linearly from 0 at the
+    first. Raises InputError where the patch size does not divide the image size.
+    """
+    if spec.image_size % spec.patch_size:
+        raise InputError(
+            f"--patch-size {spec.patch_size} does not divide the image size {spec.image_size}"
+        )
+    blueprint(spec.arch)  # refuses what is no vision transformer
+    architecture = find_architecture(spec.arch)
+    changes = dict(architecture.changes)
+    if spec.pooling:
+        changes["global_pool"] = spec.pooling
+    return timm.create_model(
+        architecture.timm_name,
+        num_classes=0,
+        img_size=spec.image_size,
+        patch_size=spec.patch_size,
+        drop_path_rate=drop_path,
+        dynamic_img_size=True,
+        **changes,
+    )
+
+
+# ---------------------------------------------------------------------------------------- backbone
+class Tokens(NamedTuple):
+    """A backbone's normed output."""
+
+    embedding: Tensor  # (B, D), [CLS] where there is one
+    patches: Tensor  # (B, N, D), patch tokens alone, row by row
+
+
+class Backbone(nn.Module):
+    """A vision transformer of timm without classifier; `forward` gives the embedding (B, D).
+
+    The embedding is the normed [CLS]. Networks that have no [CLS], or that norm only what they
+    have pooled (`fc_norm`), give their pooled output in its place, as timm defines it.
+    """
 
     def __init__(self, spec: BackboneSpec, drop_path: float = 0.0) -> None:
-        if spec.image_size % spec.patch_size:
-            raise InputError(
-                f"--patch-size {spec.patch_size} does not divide the image size {spec.image_size}"
-            )
-        width, depth, heads = ARCHS[spec.arch]
-        super().__init__(
-            img_size=spec.image_size,
-            patch_size=spec.patch_size,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            num_classes=0,
-            drop_path_rate=drop_path,
-            dynamic_img_size=True,
-        )
-        self.spec, self.checkpointing = spec, False
+        super().__init__()
+        self.spec = spec
+        self.vit = create_vit(spec, drop_path)
+        self.checkpointing = False  # keep less for gradients: slower, in less memory
+        self.embeds_cls = self._has_cls() and not isinstance(self.vit.norm, nn.Identity)
+        self.is_plain = self.embeds_cls and is_plain(self.vit)
+        # Files know nothing of this wrapper: weights stand in them under timm's names.
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
+
+    @property
+    def embed_dim(self) -> int:
+        """The width D of all tokens."""
+        return self.vit.embed_dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens come before the patches: [CLS] first, then registers."""
+        return self.vit.num_prefix_tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that the position embedding is laid out for."""
+        return tuple(self.vit.patch_embed.grid_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.vit.patch_embed.proj.weight.device
+
+    def _has_cls(self) -> bool:
+        return getattr(self.vit, "cls_token", None) is not None
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return uint8 images (B, 3, h, w) as the fp32 input that the backbone was trained on."""
-        mean, std = (
-            images.new_tensor(v, dtype=torch.float32) for v in (self.spec.mean, self.spec.std)
-        )
-        return (images.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        mean = images.new_tensor(self.spec.mean, dtype=torch.float32).view(3, 1, 1)
+        std = images.new_tensor(self.spec.std, dtype=torch.float32).view(3, 1, 1)
+        return (images.float() / 255 - mean) / std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the normed [CLS] (B, D) of images (B, 3, h, w)."""
-        x = self.tokens(images)
-        for block in self.blocks:
-            x = self._run(block, x, block is self.blocks[-1])
-        return self.norm(x[:, 0])
+        """Return the embedding (B, D) of normalised images (B, 3, h, w)."""
+        if not self.is_plain:
+            return self._embedding(self._normed_tokens(images))
+        x = self._embed_patches(images)
+        for block in self.vit.blocks[:-1]:
+            x = self._run(block, x)
+        x = self._run(self.vit.blocks[-1], x, cls_only=True)
+        return self.vit.norm(x[:, 0])
 
-    def _run(self, block: nn.Module, x: Tensor, cls_only: bool) -> Tensor:
+    def all_tokens(
+        self, images: Tensor, masks: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tokens:
+        """Return embedding and patch tokens of normalised images (B, 3, h, w).
+
+        Where `masks` (B, N) is true, `mask_token` (D,) takes the place of the patch's embedding,
+        before its position is added.
+        """
+        with self._masked(masks, mask_token):
+            x = self._normed_tokens(images)
+        return Tokens(self._embedding(x), x[:, self.num_prefix_tokens :])
+
+    def frozen_features(self, images: Tensor, n_blocks: int = 4) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of the last n blocks (B, n, D) and the mean patch token (B, D).
+
+        Both as DINO's linear evaluation takes them (arXiv 2104.14294, appendix F.2): blocks in
+        order, the last one last; fewer than n where the network has fewer.
+        """
+        normed = []
+        if self.is_plain:
+            x = self._embed_patches(images)
+            first = len(self.vit.blocks) - n_blocks
+            for depth, block in enumerate(self.vit.blocks):
+                x = run_block(block, x)
+                if depth >= first:
+                    normed.append(self.vit.norm(x))
+        else:
+            normed = self._last_blocks(images, min(n_blocks, len(self.vit.blocks)))
+        embeddings = torch.stack([self._embedding(x) for x in normed], dim=1)
+        return embeddings, normed[-1][:, self.num_prefix_tokens :].mean(dim=1)
+
+    def cls_attention(self, images: Tensor) -> Tensor:
+        """Return the last block's attention of [CLS] to all tokens, (B, H, N), rows summing to 1.
+
+        The first `num_prefix_tokens` of them are [CLS] itself and registers, then come the
+        patches. Raises InputError for a network without [CLS].
+        """
+        if not self._has_cls():
+            raise InputError(f"{self.spec.arch}: has no [CLS] token whose attention could be shown")
+        if not self.is_plain:
+            return self._recorded_attention(images)
+        x = self._embed_patches(images)
+        for block in self.vit.blocks[:-1]:
+            x = run_block(block, x)
+        # Only the row of [CLS] is computed, so that memory stays linear in N at any image size.
+        q, k, _ = _queries_keys_values(self.vit.blocks[-1], x, cls_only=True)
+        scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, H, 1, N)
+        return scores.float().softmax(dim=-1).squeeze(2)
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        """Return images (B, 3, h, w) as position-encoded tokens (B, N, D), for a plain ViT."""
+        x = self.vit._pos_embed(self.vit.patch_embed(images))
+        return self.vit.norm_pre(self.vit.patch_drop(x))
+
+    def _run(self, block: nn.Module, x: Tensor, *, cls_only: bool = False) -> Tensor:
         """Run a block; `checkpointing` keeps its input alone and computes it anew for gradients."""
         if self.checkpointing and self.training:
             return checkpoint(run_block, block, x, cls_only, use_reentrant=False)
         return run_block(block, x, cls_only)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """Embed images (B, 3, h, w) as position-encoded tokens (B, N, D), [CLS] first."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+    def _normed_tokens(self, images: Tensor) -> Tensor:
+        """Return all tokens (B, N, D) of images (B, 3, h, w) after the last norm."""
+        if self.is_plain:
+            x = self._embed_patches(images)
+            for block in self.vit.blocks:
+                x = self._run(block, x)
+            return self.vit.norm(x)
+        self.vit.grad_checkpointing = self.checkpointing and self.training
+        return self.vit.forward_features(images)
 
-    def frozen_features(self, images: Tensor, n_blocks: int = 4) -> tuple[Tensor, Tensor]:
-        """Return the normed [CLS] of the last n blocks (B, n, D) and the mean patch token (B, D).
+    def _embedding(self, x: Tensor) -> Tensor:
+        """Return the embedding (B, D) that normed tokens (B, N, D) hold."""
+        if self.embeds_cls:
+            return x[:, 0]
+        return self.vit.forward_head(x, pre_logits=True)
 
-        Both as DINO's linear evaluation takes them: blocks in order, the last one last.
+    def _last_blocks(self, images: Tensor, count: int) -> list[Tensor]:
+        """Return the normed tokens (B, N, D) that each of the last blocks gives, by timm."""
+        has_prefix = self.num_prefix_tokens > 0
+        outputs = self.vit.forward_intermediates(
+            images,
+            indices=count,
+            return_prefix_tokens=has_prefix,
+            norm=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        if not has_prefix:
+            return outputs
+        return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
+
+    def _recorded_attention(self, images: Tensor) -> Tensor:
+        """Return `cls_attention` of any block of timm, recorded while its network runs.
+
+        The last block multiplies by its weights only where timm's fused attention is off; the
+        dropout that they pass through shows them.
         """
-        x, cls_tokens = self.tokens(images), []
-        for depth, block in enumerate(self.blocks, start=1):
-            x = run_block(block, x)
-            if depth > len(self.blocks) - n_blocks:
-                cls_tokens.append(self.norm(x[:, 0]))
-        return torch.stack(cls_tokens, dim=1), self.norm(x)[:, 1:].mean(dim=1)
+        attention_layer = self.vit.blocks[-1].attn
+        recorded = []
 
-    def cls_attention(self, images: Tensor) -> Tensor:
-        """Return the last block's attention of [CLS] to all tokens, (B, H, N), rows summing to 1.
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            recorded.append(inputs[0][:, :, 0].float())  # (B, H, N)
 
-        Only the [CLS] row is computed, so memory stays linear in N at any image size.
-        """
-        x = self.tokens(images)
-        for block in self.blocks[:-1]:
-            x = run_block(block, x)
-        q, k, _ = _queries_keys_values(self.blocks[-1], x, cls_only=True)
-        scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5  # (B, H, 1, N)
-        return scores.float().softmax(dim=-1).squeeze(2)
+        was_fused = attention_layer.fused_attn
+        handle = attention_layer.attn_drop.register_forward_hook(record)
+        attention_layer.fused_attn = False
+        try:
+            self.vit.forward_features(images)
+        finally:
+            attention_layer.fused_attn = was_fused
+            handle.remove()
+        return recorded[0]
+
+    @contextlib.contextmanager
+    def _masked(self, masks: Tensor | None, mask_token: Tensor | None) -> Iterator[None]:
+        """Let `mask_token` (D,) take the place of the patches at `masks` (B, N) inside."""
+        if masks is None:
+            yield
+            return
+
+        def replace(_module: nn.Module, _inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+            here = masks.view(embedded.shape[:-1]).unsqueeze(-1)  # (B, rows, columns, 1)
+            return torch.where(here, mask_token.to(embedded.dtype), embedded)
+
+        # A hook, since every family of timm adds its positions in a way of its own.
+        handle = self.vit.patch_embed.register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
-# ----------------------------------------------------------- a block, as far as its output is read
+def _without_prefix(
+    _backbone: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: dict[str, Any]
+) -> None:
+    """Name a Backbone's weights as timm does, without the wrapper's `vit.`."""
+    inside = f"{prefix}vit."
+    for name in [name for name in state if name.startswith(inside)]:
+        state[prefix + name.removeprefix(inside)] = state.pop(name)
+
+
+def _with_prefix(
+    backbone: nn.Module, state: dict[str, Tensor], prefix: str, *_arguments: Any
+) -> None:
+    """Undo `_without_prefix` before weights are loaded."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}vit.{name.removeprefix(prefix)}"] = state.pop(name)
+
+
+# ------------------------------------------------------ a plain block, as far as its output is read
+def is_plain(vit: nn.Module) -> bool:
+    """Say whether a network is a ViT whose blocks `run_block` computes as timm does.
+
+    Such a block has one linear layer for queries, keys and values and one after them, norms before
+    both branches, a two-layer MLP, LayerScale or not, and nothing else: no norm of queries and
+    keys, no gate, no rotary positions, no dropout.
+    """
+    needed = {"norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"}
+    allowed = needed | {"ls1", "ls2"}
+    if type(vit) is not VisionTransformer:
+        return False
+    for block in vit.blocks:
+        owners = {name.rpartition(".")[0] for name, _ in block.named_parameters()}
+        has_bias = getattr(getattr(block.attn, "qkv", None), "bias", None) is not None
+        if type(block) is not Block or not needed <= owners <= allowed or not has_bias:
+            return False
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()):
+            return False
+    return True
+
+
 def run_block(block: nn.Module, x: Tensor, cls_only: bool = False) -> Tensor:
     """Return what timm's block makes of tokens (B, N, D), all of them or [CLS] alone (B, 1, D).
 
     Where [CLS] alone is read, a block needs the keys and values of all tokens, and nothing else.
     """
     out = x[:, :1] if cls_only else x
-    out = out + block.drop_path1(_attend(block, x, cls_only))
-    return out + block.drop_path2(block.mlp(block.norm2(out)))
+    out = out + block.drop_path1(block.ls1(_attend(block, x, cls_only)))
+    return out + block.drop_path2(block.ls2(block.mlp(block.norm2(out))))
 
 
 def _attend(block: nn.Module, x: Tensor, cls_only: bool) -> Tensor:
@@ -143,29 +423,39 @@ def _attend(block: nn.Module, x: Tensor, cls_only: bool) -> Tensor:
     return block.attn.proj(values.transpose(1, 2).flatten(2))
 
 
-def _queries_keys_values(block: nn.Module, x: Tensor, cls_only: bool) -> tuple[Tensor, ...]:
+def _queries_keys_values(
+    block: nn.Module, x: Tensor, cls_only: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, of [CLS] alone if asked so, keys and values: (B, H, 1 or N, D / H) each."""
-    linear, x, width = block.attn.qkv, block.norm1(x), x.shape[2]
+    qkv = block.attn.qkv
     heads = (block.attn.num_heads, -1)
+    width = x.shape[2]
+    x = block.norm1(x)
     if not cls_only:
-        return linear(x).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()
-    weight, bias = (p.split((width, 2 * width)) for p in (linear.weight, linear.bias))
-    query = F.linear(x[:, :1], weight[0], bias[0]).unflatten(2, heads).transpose(1, 2)
-    both = F.linear(x, weight[1], bias[1]).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
-    return query, *both.unbind()
+        q, k, v = qkv(x).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4).unbind()
+        return q, k, v
+
+    # The one layer holds the weights of queries first, then those of keys and values.
+    query_weight, rest_weight = qkv.weight.split((width, 2 * width))
+    query_bias, rest_bias = qkv.bias.split((width, 2 * width))
+    query = F.linear(x[:, :1], query_weight, query_bias).unflatten(2, heads).transpose(1, 2)
+    rest = F.linear(x, rest_weight, rest_bias)
+    keys, values = rest.unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4).unbind()
+    return query, keys, values
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v for q (B, H, M, d), k and v (B, H, N, d).
 
-    A GPU has a kernel for it all. A CPU's takes 1.2 to 12 times as long as two products, and is
-    for so many tokens and images that their (B, H, M, N) weights would fill the memory.
+    A GPU has a kernel for it all. A CPU's takes 1.2 to 12 times as long as two products; it is
+    left to inputs of so many tokens and images that their weights (B, H, M, N) fill the memory.
     """
-    if q.device.type != "cpu" or q[..., 0].numel() * k.shape[2] > MOST_WEIGHTS:
+    if q.device.type != "cpu" or q[..., 0].numel() * k.shape[2] > MAX_ATTENTION_WEIGHTS:
         return F.scaled_dot_product_attention(q, k, v)
     return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v
 
 
+# --------------------------------------------------------------------------------- projection head
 class ProjectionHead(nn.Module):
     """DINO's head: 3-layer MLP, l2-normalised bottleneck, weight-normalised prototypes.
 
@@ -187,17 +477,22 @@ class ProjectionHead(nn.Module):
         layers: list[nn.Module] = []
         for width in (in_dim, hidden_dim):
             layers.append(nn.Linear(width, hidden_dim))
-            layers += [nn.BatchNorm1d(hidden_dim)] if use_bn else []
+            if use_bn:
+                layers.append(nn.BatchNorm1d(hidden_dim))
             layers.append(nn.GELU())
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        layers.append(nn.Linear(hidden_dim, bottleneck_dim))
+        self.mlp = nn.Sequential(*layers)
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+        # Weight norm splits each prototype into a length (original0) and a direction.
         self.last_layer = weight_norm(nn.Linear(bottleneck_dim, out_dim, bias=False))
         lengths = self.last_layer.parametrizations.weight.original0
         nn.init.ones_(lengths)
         lengths.requires_grad = not norm_last_layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, K) of tokens (B, D)."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))

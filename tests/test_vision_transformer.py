@@ -53,7 +53,7 @@ def test_output_and_gradients_are_timms(size, batch, training):
         output = model(asked)
         model.zero_grad()
         (output * slope).sum().backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+        grads = {n.removeprefix("vit."): p.grad.clone() for n, p in model.named_parameters()}
         found[name] = {"output": output.detach(), "images": asked.grad} | grads
     theirs.zero_grad()
     theirs.eval()
@@ -106,7 +106,7 @@ def test_checkpointing_keeps_less_for_gradients(monkeypatch):
 @pytest.mark.parametrize(("tokens", "asked"), [(5, 5), (200, 1), (300, 300)])
 def test_attention_is_the_naive_one(monkeypatch, tokens, asked, in_memory):
     torch.manual_seed(0)
-    monkeypatch.setattr(vt, "MOST_WEIGHTS", 2 * 3 * tokens * asked - (not in_memory))
+    monkeypatch.setattr(vt, "MAX_ATTENTION_WEIGHTS", 2 * 3 * tokens * asked - (not in_memory))
     q = torch.randn(2, 3, asked, 16, requires_grad=True)
     k, v = (torch.randn(2, 3, tokens, 16, requires_grad=True) for _ in range(2))
     found, slope = vt.attention(q, k, v), torch.randn(2, 3, asked, 16)
@@ -157,6 +157,183 @@ def test_frozen_features_are_timms_intermediate_layers(blocks):
     expected = torch.stack([prefix[:, 0] for _, prefix in layers], dim=1)
     assert (cls_tokens - expected).abs().max() < 1e-5
     assert (patch - layers[-1][0].mean(dim=1)).abs().max() < 1e-5
+
+
+# ------------------------------------------------------------------------------- any ViT of timm
+
+# Registers and LayerScale; rotary positions; a plain one; 12 narrow heads; no [CLS], pooled by
+# attention; [CLS] beside a norm of what is pooled; a second prefix token.
+FAMILIES = [
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "vit_base_patch16_224",
+    "vit_small_h12",
+    "vit_base_patch16_siglip_224",
+    "eva02_tiny_patch14_224",
+    "deit_tiny_distilled_patch16_224",
+]
+
+
+@cache
+def family(arch: str) -> Backbone:
+    """A backbone of 3 blocks of this architecture, with random parameters throughout."""
+    patch = vt.default_patch_size(arch)
+    with pytest.MonkeyPatch.context() as patched:
+        name, changes = vt.find_architecture(arch)
+        short = vt.Architecture(name, {**changes, "depth": 3})
+        patched.setitem(vt.ARCHS, "short", short)
+        backbone = Backbone(BackboneSpec("short", patch, 6 * patch)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return backbone
+
+
+def independent(arch: str, size: int) -> nn.Module:
+    """timm's network of the same weights, for images of one size."""
+    backbone = family(arch)
+    name, changes = vt.find_architecture(arch)
+    patch = backbone.spec.patch_size
+    sizes = {"depth": 3, "img_size": size, "patch_size": patch}
+    network = timm.create_model(name, num_classes=0, **{**changes, **sizes})
+    network.load_state_dict(backbone.state_dict())
+    return network.eval()
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_any_vit_is_timms(arch):
+    """Embedding, patch tokens and frozen features are those of a network made by timm alone."""
+    backbone = family(arch)
+    size = 6 * backbone.spec.patch_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    theirs = independent(arch, size)
+    with torch.inference_mode():
+        tokens = theirs.forward_features(images)
+        layers = theirs.forward_intermediates(
+            images, indices=2, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        found = backbone.all_tokens(images)
+        embeddings, patch = backbone.frozen_features(images, 2)
+        has_cls = theirs.cls_token is not None and not isinstance(theirs.norm, nn.Identity)
+        expected = tokens[:, 0] if has_cls else theirs.forward_head(tokens, pre_logits=True)
+        assert (backbone(images) - expected).abs().max() < 1e-5
+        assert (found.embedding - expected).abs().max() < 1e-5
+        assert (found.patches - tokens[:, theirs.num_prefix_tokens :]).abs().max() < 1e-5
+        assert embeddings.shape == (2, 2, backbone.embed_dim)
+        assert (embeddings[:, -1] - expected).abs().max() < 1e-5
+        assert (patch - layers[-1].mean(dim=1)).abs().max() < 1e-5
+        assert (embeddings[:, 0] - embeddings[:, 1]).abs().max() > 1e-3, "blocks differ"
+    assert expected.std(dim=0).max() > 1e-3, "images differ"
+
+
+@pytest.mark.parametrize("arch", [name for name in FAMILIES if "siglip" not in name])
+def test_attention_of_any_vit_is_what_timm_extracts(arch):
+    backbone = family(arch)
+    size = 6 * backbone.spec.patch_size
+    images = torch.randn(2, 3, size, size)
+    set_fused_attn(False)
+    theirs = independent(arch, size)
+    set_fused_attn(True)
+    with torch.inference_mode():
+        maps = AttentionExtract(theirs, method="hook")(images)
+        expected = maps["blocks.2.attn.attn_drop"][:, :, 0]
+        found = backbone.cls_attention(images)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-5
+    assert (expected - 1 / expected.shape[-1]).abs().max() > 1e-4, "it is not uniform"
+
+
+def test_attention_needs_a_cls_token():
+    size = 6 * family("vit_base_patch16_siglip_224").spec.patch_size
+    with pytest.raises(InputError, match="has no .CLS. token"):
+        family("vit_base_patch16_siglip_224").cls_attention(torch.zeros(1, 3, size, size))
+
+
+@pytest.mark.parametrize("arch", ["vit_pico", "vit_small_patch16_dinov3"])
+def test_checkpointing_changes_no_gradient(arch):
+    patch = vt.default_patch_size(arch)
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec(arch, patch, 2 * patch)).train()
+    images = torch.randn(2, 3, 2 * patch, 2 * patch)
+    grads = []
+    for checkpointing in (False, True):
+        backbone.zero_grad()
+        backbone.checkpointing = checkpointing
+        backbone(images).square().sum().backward()
+        grads.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("arch", ["vit_pico", "vit_small_patch16_dinov3"])
+def test_masked_patches_are_not_seen(arch):
+    """What lies under the mask changes nothing; what lies beside it does."""
+    patch = vt.default_patch_size(arch)
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec(arch, patch, 4 * patch)).eval()
+    images = torch.randn(1, 3, 4 * patch, 4 * patch)
+    masks = torch.zeros(1, 16, dtype=torch.bool)
+    masks[0, 4:8] = True  # the second row of patches
+    hidden, beside = images.clone(), images.clone()
+    hidden[:, :, patch : 2 * patch] = 0.0
+    beside[:, :, :patch] = 0.0
+    token = torch.randn(backbone.embed_dim, requires_grad=True)
+    outputs = [backbone.all_tokens(x, masks, token).patches for x in (images, hidden, beside)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
+    (slope,) = torch.autograd.grad(outputs[0].square().sum() + outputs[0].sum(), token)
+    assert slope.abs().max() > 0, "the mask token learns"
+    unmasked = backbone.all_tokens(images).patches
+    assert not torch.allclose(unmasked, outputs[0]), "and the hook is gone afterwards"
+    assert torch.equal(unmasked, backbone.all_tokens(images).patches)
+
+
+def test_weights_stand_under_timms_names():
+    """In state dicts, also of a network around the backbone; loading takes them back."""
+    network = nn.ModuleDict({"backbone": Backbone(BackboneSpec("vit_pico", 16, 32))})
+    names = network["backbone"].state_dict().keys()
+    changes = vt.ARCHS["vit_pico"].changes
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32, **changes)
+    assert names == theirs.state_dict().keys()
+    state = network.state_dict()
+    assert state.keys() == {f"backbone.{name}" for name in names}
+    state["backbone.cls_token"] = torch.ones_like(state["backbone.cls_token"])
+    network.load_state_dict(state)
+    assert network["backbone"].vit.cls_token.eq(1).all()
+    with pytest.raises(RuntimeError, match="Missing key.*cls_token"):
+        network.load_state_dict({k: v for k, v in state.items() if "cls_token" not in k})
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"),
+    [
+        ("vit_smal", "did you mean vit_small"),
+        ("qqqq", "short names: vit_pico"),
+        ("swin_tiny_patch4_window7_224", "is a SwinTransformer"),
+        ("resnet18", "is a ResNet"),
+        ("vit_small_r26_s32_224", "patch tokens throughout"),
+    ],
+)
+def test_other_networks_are_refused(arch, reason):
+    with pytest.raises(InputError, match=f"--arch {arch}.*{reason}"):
+        vt.blueprint(arch)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (BackboneSpec("vit_small", 16, 224), "vit_small_patch16_224"),
+        (BackboneSpec("vit_small", 16, 96), ""),
+        (BackboneSpec("vit_nano", 16, 224), ""),
+        (BackboneSpec("vit_small_patch14_dinov2", 14, 518), "vit_small_patch14_dinov2"),
+        (BackboneSpec("vit_small_patch14_dinov2", 14, 224), ""),
+        (BackboneSpec("vit_small_patch16_dinov3", 16, 96), "vit_small_patch16_dinov3"),
+        (BackboneSpec("vit_small_patch16_224", 16, 224, pooling="avg"), ""),
+    ],
+)
+def test_timm_is_named_where_it_loads_the_weights(spec, name):
+    assert spec.timm_name == name
 
 
 # ----------------------------------------------------------------------------- the projection head
