@@ -211,7 +211,7 @@ def training_loader(
     return _count_bad(_unwrap_errors(loader), dataset, sampler)
 
 
-def ahead(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
+def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
     """Iterate; on CUDA a batch ahead, which is made beside a step, on a stream of its own."""
     if device.type != "cuda":
         yield from batches
@@ -227,6 +227,9 @@ def ahead(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[lis
             tensor.record_stream(step)  # its memory is not for others before the step is done
         if ready:
             yield ready
+
+
+ahead = prefetch  # a name that callers are leaving
 
 
 def _count_bad(

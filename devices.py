@@ -70,7 +70,8 @@ def process_group(device: str) -> Iterator[Processes]:
     NCCL serves CUDA, gloo the rest. InputError when `device` (auto, cpu, cuda, mps) is not there.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    use_fast_matmul(chosen)
     if world == 1:
         yield Processes(chosen)
         return
@@ -95,33 +96,45 @@ def distribute(module: torch.nn.Module) -> torch.nn.parallel.DistributedDataPara
     return wrapper(module, gradient_as_bucket_view=True, **{sync: False})
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device for auto, cpu, cuda or mps; raises InputError when it is not there."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next((kind for kind, there in present.items() if there), "cpu")
     elif not present.get(name, True):
         raise InputError(f"--device {name}: torch finds no such device here; use --device auto")
-    if name == "cpu":
-        speed_up_matmul()
-    if name == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+    if name != "cuda":
+        return torch.device(name)
+    count = torch.cuda.device_count()
+    if local_rank >= count:
         raise InputError(f"{local_rank + 1} processes for {count} GPUs: lower --nproc-per-node")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return torch.device("cuda", local_rank)
 
 
-def speed_up_matmul() -> None:
-    """Let oneDNN multiply fp32 matrices on this CPU, where it does so in full precision.
+def use_fast_matmul(device: torch.device) -> None:
+    """Let oneDNN multiply fp32 matrices on a CPU, where it does so in full precision.
 
     torch asks MKL, which is slow on other makers' processors. Its switch for oneDNN allows bf16
     inside, which those with AMX would take: there, or where a product shows it, it stays off.
     """
     backend = torch.backends.mkldnn
-    if not backend.is_available() or "amx_bf16" in _cpu_flags():
+    if device.type != "cpu" or not backend.is_available() or "amx_bf16" in _cpu_flags():
         return
-    before, backend.matmul.fp32_precision = backend.matmul.fp32_precision, "bf16"
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "bf16"
     exact = torch.full((256, 256), 1 + 2.0**-12)  # bf16 has 8 bits
     if not (exact @ torch.eye(256)).equal(exact):
         backend.matmul.fp32_precision = before
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:  # a name that callers are leaving
+    device = choose_device(name, local_rank)
+    use_fast_matmul(device)
+    return device
+
+
+def speed_up_matmul() -> None:  # a name that callers are leaving
+    use_fast_matmul(torch.device("cpu"))
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -28,6 +28,7 @@ import yaml
 log = logging.getLogger("ssrl")
 HERE = Path(__file__).resolve().parent  # of the checkout: where configs/ lies
 DATA_FLAGS = {"--data", "--data-path"}
+OF_ONE_CALL = ("output_dir", "overwrite", "resume", "debug")  # they do not describe a run
 Options = TypeVar("Options")
 
 
@@ -169,11 +170,24 @@ def _yaml_items(path: Path) -> typing.Iterator[tuple[str, list[str], str]]:
         yield str(key.value).replace("-", "_"), [value.value for value in values], where
 
 
+def plain_options(options: Any) -> dict[str, Any]:
+    """Return the options that describe a run, lists for tuples; without those of one call alone."""
+    plain = {}
+    for name, value in vars(options).items():
+        if name not in OF_ONE_CALL:
+            plain[name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
 def dump_options(options: Any) -> str:
-    """Return the options as YAML that `--config` reads back; without those of one call alone."""
-    of_one_call = ("output_dir", "overwrite", "resume", "debug")
-    values = {k: v for k, v in dataclasses.asdict(options).items() if k not in of_one_call}
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    """Return the options as YAML that `--config` reads back; without those of one call alone.
+
+    An option left open, empty as by default, is left out: YAML's empty list is refused on reading.
+    """
+    plain = plain_options(options)
+    for field in dataclasses.fields(options):
+        if field.default == () and plain.get(field.name) == []:
+            del plain[field.name]
     return yaml.safe_dump(plain, sort_keys=False)
 
 
