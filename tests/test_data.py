@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import SIDE
 from helpers import touch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 import data
 import utils
 from augment import MultiCrop, WholeView
 from data import PhotographDataset, StepSampler, training_loader
 from devices import Processes
-from fundus import copies, photographs, synthetic
+from fundus import copies, photographs
 from fundus.manifest import Manifest, Record, read_manifest
 from fundus.photographs import find_fundus, open_photograph, pad_square
 from utils import InputError
@@ -282,49 +282,6 @@ def test_prepared_pictures_that_kept_their_sides_are_padded(prepared, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- sets
-
-
-@pytest.fixture(scope="module")
-def drawn():
-    return data.open_manifest("synthetic:12")
-
-
-def test_synthetic_is_a_prepared_folder_with_masks(drawn, own_home):
-    assert drawn.prepared and len(drawn.records) == 12
-    assert drawn.root.is_relative_to(own_home / "cache")
-    splits = {name: {r.patient for r in drawn.split(name)} for name in ("train", "val", "test")}
-    assert all(splits.values()) and sum(map(len, splits.values())) == 6
-    assert not splits["train"] & splits["test"] and not splits["train"] & splits["val"]
-    masks = list((drawn.root / "masks").iterdir())
-    for record in drawn.records:
-        with Image.open(drawn.root / record.path) as picture:
-            assert picture.size == (synthetic.SYNTHETIC_SIZE,) * 2
-        stem = record.path.removeprefix("images/").removesuffix(".jpg")
-        own = [m for m in masks if m.name.startswith(stem + "_")]
-        assert bool(own) == (record.grade > 0)
-    values = {value for m in masks for value in np.unique(np.asarray(Image.open(m))).tolist()}
-    assert {0, 255} <= values
-
-
-def test_synthetic_is_drawn_once(drawn, monkeypatch):
-    def refuse(*arguments):
-        raise AssertionError("drawn again")
-
-    monkeypatch.setattr(synthetic, "draw_folder", refuse)
-    again = data.open_manifest("synthetic:12")
-    assert again.records == drawn.records and again.fingerprint == drawn.fingerprint
-
-
-def test_masks_lie_on_lesions(drawn):
-    """Blood swallows green: it is darker inside the masks than around them."""
-    darker = []
-    for path in (drawn.root / "masks").glob("*t_haemorrhage.png"):
-        mask = Image.open(path)
-        ring = np.asarray(mask.filter(ImageFilter.MaxFilter(15))) > np.asarray(mask)
-        name = path.name.replace("_haemorrhage.png", ".jpg")
-        green = np.asarray(Image.open(drawn.root / "images" / name))[..., 1].astype(float)
-        darker.append(green[np.asarray(mask) > 127].mean() < green[ring].mean())
-    assert len(darker) >= 2 and np.mean(darker) > 0.5
 
 
 @pytest.mark.parametrize("name", ["synthetic:5", "synthetic:x", "synthetic:-20", "synth", ""])

@@ -242,3 +242,56 @@ def test_height_scales_the_same_eye():
             assert both.sum() > 0.6 * either.sum()
     for height in (64, 100, 700):
         assert draw_photograph(DrawnEye("p", "left", 4, (0, 1, 0)), height)[0].shape[0] == height
+
+
+# ---------------------------------------------------------------------------------- drawn folder
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    """The manifest of 12 drawn photographs, in the tests' own cache."""
+    return synthetic.synthetic_manifest(12)
+
+
+def test_synthetic_is_a_prepared_folder_with_masks(manifest, own_home):
+    assert manifest.prepared and len(manifest.records) == 12
+    assert manifest.root.is_relative_to(own_home / "cache")
+
+    patients = {}
+    for split in ("train", "val", "test"):
+        patients[split] = {record.patient for record in manifest.split(split)}
+    assert all(patients.values()) and sum(map(len, patients.values())) == 6
+    assert not patients["train"] & patients["test"]
+    assert not patients["train"] & patients["val"]
+
+    masks = list((manifest.root / "masks").iterdir())
+    for record in manifest.records:
+        with Image.open(manifest.root / record.path) as picture:
+            assert picture.size == (synthetic.SYNTHETIC_SIZE, synthetic.SYNTHETIC_SIZE)
+        stem = record.path.removeprefix("images/").removesuffix(".jpg")
+        has_masks = any(mask.name.startswith(stem + "_") for mask in masks)
+        assert has_masks == (record.grade > 0)
+    for mask in masks:
+        assert set(np.unique(np.asarray(Image.open(mask)))) == {0, 255}
+
+
+def test_synthetic_is_drawn_once(manifest, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(synthetic, "draw_folder", refuse)
+    again = synthetic.synthetic_manifest(12)
+    assert again.records == manifest.records and again.fingerprint == manifest.fingerprint
+
+
+def test_masks_lie_on_lesions(manifest):
+    """Blood swallows green: it is darker inside the masks than around them."""
+    darker = []
+    # The t is that of left and right: preretinal haemorrhages are left out.
+    for path in (manifest.root / "masks").glob("*t_haemorrhage.png"):
+        mask = Image.open(path)
+        ring = np.asarray(mask.filter(ImageFilter.MaxFilter(15))) > np.asarray(mask)
+        name = path.name.replace("_haemorrhage.png", ".jpg")
+        green = np.asarray(Image.open(manifest.root / "images" / name))[..., 1].astype(float)
+        darker.append(green[np.asarray(mask) > 127].mean() < green[ring].mean())
+    assert len(darker) >= 2 and np.mean(darker) > 0.5
