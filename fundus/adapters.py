@@ -1,236 +1,272 @@
-"""One small function for each data set as it is downloaded, and what each set publishes.
+"""Every data set that is understood: how it lies on disk, and what its authors publish.
 
-A new data set is one function and one entry in LAYOUTS. Other counts than PUBLISHED are told, since
-people take parts.
+A new data set is one function, which reads it, and one entry in DATA_SETS. The choices and the help
+of --layout, the messages that say what was expected and the table in docs/data.md follow from that.
+Class folders, any folder of photographs and any csv are read by forms.py.
 """
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from typing import Literal
 
-from fundus.listing import Found, grade_of_name, lone_records, named_records, stem_of
-from fundus.manifest import SPLITS, Record, check_files, check_path, read_csv, read_header, some
+from fundus.forms import read_class_folders, read_csv_file, read_photographs
+from fundus.listing import Found, TableRow, lone_records, named_records, stem_of
+from fundus.manifest import SPLIT_WORDS, Record, name_examples, read_csv, read_header
 from utils import InputError
 
-EXPECTED = (
-    "a prepared folder (manifest.csv), EyePACS, APTOS 2019, DDR, Messidor-2 or IDRiD as "
-    "downloaded, class folders (train/0 ... train/4, test/0 ...) or any folder of photographs"
-)
-PUBLISHED = {  # photographs of grades 0 to 4 in each split, or in all
-    "eyepacs": {"train": (25810, 2443, 5292, 873, 708), "test": (39533, 3762, 7861, 1214, 1206)},
-    "aptos": {"train": (1805, 370, 999, 193, 295)},
-    "ddr": {"all": (6266, 630, 4477, 236, 913)},
-    "messidor2": {"test": (1017, 270, 347, 75, 35)},
-    "idrid": {"train": (134, 20, 136, 74, 49), "test": (34, 5, 32, 19, 13)},
-}
+
+@dataclass(frozen=True)
+class Layout:
+    """One entry of the registry: a way in which photographs lie on disk."""
+
+    name: str
+    """What --layout takes."""
+    title: str
+    """What people call it."""
+    read: Callable[[Found], list[Record] | None]
+    """The adapter: returns the photographs of a folder, None for a folder of another form."""
+    published: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """How many photographs of each grade its authors count, by split; "all": in all splits."""
+    has_patients: bool = True
+    """Whether photographs of one patient can be told to be so."""
+    automatic: bool = True
+    """Whether --layout auto tries it."""
 
 
-# Of EyePACS, black or without a fundus that scaling finds, as its users have reported.
+# -------------------------------------------------------------------------- data sets as downloaded
+
+
+# Of EyePACS, black or without a fundus that can be found, as its users have reported.
 KNOWN_BAD = """492_right 25313_right 27096_right 1986_left 32253_right 34689_left 43457_left
 766_left 1557_left 18972_left 679_right 21345_left 21720_left 26064_right 42130_left"""
 
 
-NO_PATIENTS = "patients are not published: each photograph counts as one"
-
-
-def _eyepacs(found: Found) -> list[Record] | None:
-    """EyePACS as Kaggle ships it, and mirrors with other suffixes or sub-folders."""
-    files = {"train": "trainlabels.csv", "test": "retinopathy_solution.csv"}
-    labelled = {split: found.tables[f] for split, f in files.items() if f in found.tables}
-    if not labelled:
+def _read_eyepacs(found: Found) -> list[Record] | None:
+    """Read EyePACS as Kaggle ships it, and mirrors with other suffixes or sub-folders."""
+    tables = {}
+    for split, name in (("train", "trainlabels.csv"), ("test", "retinopathy_solution.csv")):
+        if name in found.tables:
+            tables[split] = found.tables[name]
+    if not tables:
         return None
-    items = []
-    for split, file in labelled.items():
-        inside = [p for p in found.photographs if split in p.lower().split("/")[:-1]]
-        if len(labelled) == 1 and not inside:  # mirrors name the folder otherwise, or have none
-            other = {"train": "test", "test": "train"}[split]
-            inside = [p for p in found.photographs if other not in p.lower().split("/")[:-1]]
-        items += found.join(inside, file, split, "image", "level")
-    if not items:
-        names = os.listdir(found.root)
-        raise InputError(
-            f"{found.root}: no photographs in {some([*labelled])}; {expected_form(names)}"
-        )
-    if "test" not in labelled:
-        left = [p for p in found.photographs if "test" in p.lower().split("/")[:-1]]
+
+    photographs = []
+    for split, file in tables.items():
+        inside, _ = _part_by_folder(found.photographs, split)
+        # Mirrors of one half name the folder otherwise (resized_train/), or have none.
+        if len(tables) == 1 and not inside:
+            other = "test" if split == "train" else "train"
+            _, inside = _part_by_folder(found.photographs, other)
+        photographs += found.join(inside, file, split, "image", "level")
+    if not photographs:
+        examples = name_examples(list(tables))
+        form = expected_form(os.listdir(found.root))
+        raise InputError(f"{found.root}: no photographs in {examples}; {form}")
+
+    # The grades of the test photographs came after the competition, in a file of their own.
+    if "test" not in tables:
+        left_out, _ = _part_by_folder(found.photographs, "test")
         what = "photographs of test/ left out, their grades (retinopathy_solution.csv) are missing"
-        found.tell(what, left)
-    records = named_records(items)
-    known = [r.path for r in records if PurePosixPath(r.path).stem in KNOWN_BAD.split()]
-    found.tell("photographs are known to be black or unusable, and kept", known)
+        found.add_note(what, left_out)
+
+    # Kept as in the paper, so that counts stay the published ones.
+    records = named_records(photographs)
+    known_bad = []
+    for record in records:
+        if PurePosixPath(record.path).stem in KNOWN_BAD.split():
+            known_bad.append(record.path)
+    found.add_note("photographs are known to be black or unusable, and kept", known_bad)
     return records
 
 
-def _aptos(found: Found) -> list[Record] | None:
-    """APTOS 2019: train.csv and train_images/; mirrors with a labelled valid.csv and test.csv."""
-    items = []
-    for name, file in found.tables.items():
-        header = read_header(found.root / file)
-        split = next((s for word, s in SPLITS.items() if re.match(word + r"(?![a-z])", name)), "")
-        if "id_code" not in header or not split:
-            continue
-        inside = [
-            p for p in found.photographs if re.search(rf"(^|/){split}[a-z]*_images/", p, re.I)
-        ]
-        if "diagnosis" in header:
-            items += found.join(inside, file, split, "id_code", "diagnosis")
+def _part_by_folder(paths: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Return the paths that lie in a folder `name` at any depth, and the others."""
+    inside = []
+    outside = []
+    for path in paths:
+        folders = path.lower().split("/")[:-1]
+        if name in folders:
+            inside.append(path)
         else:
-            found.tell(f"photographs of {file} left out, their grades are not published", inside)
-    if items:
-        found.notes.append(NO_PATIENTS)
-    return lone_records(items) if items else None
+            outside.append(path)
+    return inside, outside
 
 
-def _ddr(found: Found) -> list[Record] | None:
-    """DDR's grading part: train.txt, valid.txt, test.txt with `name grade` a line, 5 ungradable."""
-    files = {word: found.tables.get(f"{word}.txt") for word in ("train", "valid", "test")}
-    items: list[tuple] = []
-    for word, file in files.items():
-        text = (found.root / file).read_text("utf-8-sig", "replace") if file else ""
-        if not re.match(r"\S.*\s\d+\s", text):  # any other list of that name
+def _read_aptos(found: Found) -> list[Record] | None:
+    """Read APTOS 2019, and mirrors in which valid.csv and test.csv have grades as well."""
+    photographs = []
+    for name, file in found.tables.items():
+        # Names of the tables begin with the split's: train.csv, train_1.csv, valid.csv.
+        word = re.match("[a-z]*", name)[0]
+        header = read_header(found.root / file)
+        if word not in SPLIT_WORDS or "id_code" not in header:
             continue
-        lines = enumerate((line.rsplit(None, 1) for line in text.splitlines()), 1)
-        rows = [(f"{found.root / file}, row {n}", *pair) for n, pair in lines if len(pair) == 2]
+        split = SPLIT_WORDS[word]
+        folder = re.compile(rf"(^|/){split}[a-z]*_images/", re.IGNORECASE)
+        inside = [path for path in found.photographs if folder.search(path)]
+        if "diagnosis" in header:
+            photographs += found.join(inside, file, split, "id_code", "diagnosis")
+        else:  # Kaggle's own test.csv
+            what = f"photographs of {file} left out, their grades are not published"
+            found.add_note(what, inside)
+    return lone_records(photographs) or None
+
+
+def _read_ddr(found: Found) -> list[Record] | None:
+    """Read DDR's grading part: lists with `name grade` a line, in which 5 is ungradable."""
+    photographs = []
+    for word in ("train", "valid", "test"):
+        file = found.tables.get(f"{word}.txt")
+        if file is None:
+            continue
+        text = (found.root / file).read_text("utf-8-sig", "replace")
+        # Other data sets have lists of these names too, without grades.
+        if not re.match(r"\S.*\s\d+\s", text):
+            continue
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            cells = line.rsplit(None, 1)  # names may have blanks in them
+            if len(cells) == 2:
+                rows.append(TableRow(f"{found.root / file}, row {number}", *cells))
         inside = found.below(str(PurePosixPath(file).parent / word))
-        items += found.match(inside, file, SPLITS[word], rows, {"5": "ungradable (grade 5)"})
-    if items:
-        found.notes.append(NO_PATIENTS)
-    return lone_records(items) if items else None
+        dropped = {"5": "ungradable (grade 5)"}
+        photographs += found.match(inside, file, SPLIT_WORDS[word], rows, dropped=dropped)
+    return lone_records(photographs) or None
 
 
-def _messidor2(found: Found) -> list[Record] | None:
-    """Messidor-2 with the adjudicated grades of messidor_data.csv; all of it is a test set."""
-    file = found.tables.get("messidor_data.csv")
+def _read_messidor2(found: Found) -> list[Record] | None:
+    """Read Messidor-2 with the adjudicated grades of messidor_data.csv; all of it is a test set."""
     columns = ("image_id", "adjudicated_dr_grade")
-    if file is None or not {*columns} <= {*read_header(found.root / file)}:
+    file = found.tables.get("messidor_data.csv")
+    if file is None or not set(columns) <= set(read_header(found.root / file)):
         return None
-    rows = read_csv(found.root / file, columns)
-    gradable = {w: row.get("adjudicated_gradable", "1") not in ("0", "0.0") for w, row in rows}
-    listed = [
-        (w, row["image_id"], row["adjudicated_dr_grade"] if gradable[w] else "ungradable")
-        for w, row in rows
-    ]
+
+    # Its grades are of Google's graders; the ungradable ones have a flag of their own.
+    rows = []
+    for where, row in read_csv(found.root / file, columns):
+        grade = row["adjudicated_dr_grade"]
+        if row.get("adjudicated_gradable", "1") in ("0", "0.0"):
+            grade = "ungradable"
+        rows.append(TableRow(where, row["image_id"], grade))
     dropped = {"ungradable": "ungradable", "": "without a grade"}
-    records = lone_records(found.match(found.photographs, file, "test", listed, dropped))
-    pairs = found.tables.get("messidor-2.csv")  # ADCIS's own: the two eyes of each examination
+    photographs = found.match(found.photographs, file, "test", rows, dropped=dropped)
+    records = lone_records(photographs)
+
+    # ADCIS ships a table of its own, with the two eyes of each examination in a line.
+    pairs = found.tables.get("messidor-2.csv")
     if pairs is None:
-        found.notes.append(NO_PATIENTS + " (messidor-2.csv of the download pairs the eyes)")
+        found.notes.append(
+            "messidor-2.csv of the download, which pairs the eyes of each patient, is not there"
+        )
         return records
-    exam = {}
+    examination_of = {}
     lines = (found.root / pairs).read_text("utf-8-sig", "replace").splitlines()
     for number, line in enumerate(lines):
-        exam |= {stem_of(n.strip()): f"exam {number}" for n in re.split("[;,\t]", line)}
-    return [replace(r, patient=exam.get(stem_of(r.path), r.patient)) for r in records]
+        for name in re.split("[;,\t]", line):
+            examination_of[stem_of(name.strip())] = f"exam {number}"
+    paired = []
+    for record in records:
+        patient = examination_of.get(stem_of(record.path), record.patient)
+        paired.append(replace(record, patient=patient))
+    return paired
 
 
-def _idrid(found: Found) -> list[Record] | None:
-    """IDRiD's disease grading; train and test number their photographs alike, from 001."""
-    items: list[tuple] = []
+def _read_idrid(found: Found) -> list[Record] | None:
+    """Read IDRiD's disease grading; train and test number their photographs alike, from 001."""
+    photographs = []
     for name, file in found.tables.items():
         match = re.search(r"disease grading.*(training|testing) labels\.csv", name)
-        if match:
-            base = str(PurePosixPath(file).parent.parent).removeprefix(".")
-            inside = [p for p in found.below(base) if f"{match[1]} set/" in p.lower()]
-            items += found.join(inside, file, SPLITS[match[1]], "Image name", "Retinopathy grade")
-    if items:
-        found.notes.append(NO_PATIENTS)
-    return lone_records(items) if items else None
+        if match is None:
+            continue
+        # "1. Original Images" lies beside "2. Groundtruths", which holds the tables.
+        base = str(PurePosixPath(file).parent.parent).removeprefix(".")
+        folder = f"{match[1]} set/"
+        inside = [path for path in found.below(base) if folder in path.lower()]
+        split = SPLIT_WORDS[match[1]]
+        photographs += found.join(inside, file, split, "Image name", "Retinopathy grade")
+    return lone_records(photographs) or None
 
 
-def csv_records(found: Found, name: str) -> list[Record]:
-    """Any csv whose columns are named: paths relative to it, or names of photographs below it."""
-    reading, files = found.reading, [name] if name in os.listdir(found.root) else []
-    files = files or [file for name, file in found.tables.items() if name.endswith(".csv")]
-    if len(files) != 1:
-        raise InputError(f"{found.root}: holds {some(files) or 'no csv'}; name one as --source")
-    if PurePosixPath(files[0]).name.lower().replace("_", "").startswith("samplesubmission"):
-        raise InputError(f"{found.root / files[0]}: its grades are placeholders; name the real csv")
-    columns = [c for c in (reading.path_column, reading.grade_column, reading.patient_column) if c]
-    if not reading.path_column:
-        raise InputError(f"{found.root / files[0]}: name the column of paths with --path-column")
-    rows = read_csv(found.root / files[0], columns)
-    listed = [(w, row[reading.path_column], row.get(reading.grade_column, "")) for w, row in rows]
-    for where, path, _ in listed:
-        check_path(where, path)
-    # By path; where none of them is there, the names alone have to do, as in mirrors.
-    there = {*found.photographs}
-    key = next((_path_of for _, path, _ in listed if _path_of(path) in there), stem_of)
-    places = {key(path): where for where, path, _ in listed}
-    paths = [p for p in found.photographs if key is stem_of or p in places]
-    check_files(found.root, {p: places[key(p)] for p in paths if key(p) in places})
-    items = found.match(paths, files[0], "train", listed, key=key)
-    if not reading.patient_column:
-        return named_records(items)
-    patients: dict[str, str] = {}
-    for where, row in rows:
-        name, patient = key(row[reading.path_column]), row[reading.patient_column]
-        if patients.setdefault(name, patient) != patient:
-            raise InputError(f"{where}: {name} has patient {patients[name]} further up; keep one")
-    return [replace(r, patient=patients[key(r.path)] or r.patient) for r in lone_records(items)]
+# ------------------------------------------------------------------------------------- the registry
+
+# In the order in which --layout auto tries them. Both groups become one registry below.
+DATA_SETS = (
+    Layout(
+        "eyepacs",
+        "EyePACS",
+        _read_eyepacs,
+        published={"train": (25810, 2443, 5292, 873, 708), "test": (39533, 3762, 7861, 1214, 1206)},
+    ),
+    Layout(
+        "messidor2", "Messidor-2", _read_messidor2, published={"test": (1017, 270, 347, 75, 35)}
+    ),
+    Layout(
+        "idrid",
+        "IDRiD",
+        _read_idrid,
+        published={"train": (134, 20, 136, 74, 49), "test": (34, 5, 32, 19, 13)},
+        has_patients=False,
+    ),
+    Layout(
+        "ddr", "DDR", _read_ddr, published={"all": (6266, 630, 4477, 236, 913)}, has_patients=False
+    ),
+    Layout(
+        "aptos",
+        "APTOS 2019",
+        _read_aptos,
+        published={"train": (1805, 370, 999, 193, 295)},
+        has_patients=False,
+    ),
+)
+FORMS = (
+    Layout("class_folders", "class folders (train/0 ... train/4, test/0 ...)", read_class_folders),
+    Layout("photographs", "any folder of photographs", read_photographs),
+    Layout("csv", "a csv with --path-column", read_csv_file, automatic=False),
+)
+LAYOUTS = {layout.name: layout for layout in (*DATA_SETS, *FORMS)}
+LayoutName = Literal[("auto", *LAYOUTS)]
 
 
-def _path_of(text: str) -> str:
-    return str(PurePosixPath(text))
+def one_of(layouts: Sequence[Layout]) -> str:
+    """Return the titles of layouts as a person lists them: "a, b or c"."""
+    titles = [layout.title for layout in layouts]
+    return f"{', '.join(titles[:-1])} or {titles[-1]}"
 
 
-def _class_folders(found: Found) -> list[Record] | None:
-    """`train/ test/ [val/]` with a folder per grade, or such folders alone."""
-    root, parts = found.root, {path: path.split("/") for path in found.photographs}
-    splits = {path: SPLITS.get(p[0].lower()) for path, p in parts.items() if p[2:]}
-    depth = int(any(splits.values()))
-    inside = [path for path, p in parts.items() if (splits.get(path) if depth else p[1:])]
-    named = {name.casefold(): grade for name, grade in found.reading.grades.items()}
-    names = sorted({parts[p][depth] for p in inside})
-    grades = {name: named.get(name.casefold(), grade_of_name(name)) for name in names}
-    unknown = [name for name, grade in grades.items() if grade is None]
-    if not depth and len(unknown) == len(grades):
-        return None
-    if unknown:  # never by alphabetical order, which would give wrong grades in silence
-        raise InputError(
-            f"{root}: of the class folders {some([*grades])} these name no grade: {some(unknown)}"
-            "; rename each to 0 (no DR), 1 (mild), 2 (moderate), 3 (severe) or 4 (proliferative), "
-            f"or say it: prepare_data.py --grades {unknown[0]} 0 ..."
-        )
-    found.tell("photographs outside the class folders", sorted({*parts} - {*inside}))
-    read = ", ".join(f"{n} = {g}" for n, g in grades.items())
-    found.notes.append("folders read as grades: " + read)
-    return named_records(
-        (p, grades[parts[p][depth]], splits[p] if depth else "train") for p in inside
-    )
-
-
-def _photographs(found: Found) -> list[Record]:
-    """Any folder with photographs at any depth; nothing is known of their grades."""
-    root, parts = found.root, [path.split("/") for path in found.photographs]
-    inner = {e.path for e in os.scandir(root) if os.path.isfile(f"{e.path}/manifest.csv")}
-    inner |= {str(root / p[0]) for p in parts if p[3:] and p[1].lower() in SPLITS}
-    deep = {p[1] for p in parts if p[2:]}
-    if len(deep) > 1 and all(p[2:] and grade_of_name(p[1]) is not None for p in parts):
-        inner |= {str(root / p[0]) for p in parts}
-    if inner:
-        raise InputError(f"{root}: is one level too high; give {' or '.join(sorted(inner))}")
-    tables = [path for name, path in found.tables.items() if name.endswith(".csv")]
-    found.tell("tables are not read; prepare_data.py --path-column would", tables)
-    if any(name.startswith("samplesubmission") for name in found.tables):
-        found.notes.append("sampleSubmission.csv is not read: its grades are placeholders, all 0")
-    if parts:
-        found.notes.append("no grades are known: enough for training, not for evaluation")
-    return named_records(("/".join(p), None, SPLITS.get(p[0].lower(), "train")) for p in parts)
-
-
-LAYOUTS = {
-    "eyepacs": _eyepacs,
-    "messidor2": _messidor2,
-    "idrid": _idrid,
-    "ddr": _ddr,
-    "aptos": _aptos,
-    "class_folders": _class_folders,
-    "photographs": _photographs,
-}
+def expected_data() -> str:
+    """Return what a user may give as a data set, as the end of "expected ..."."""
+    return f"a prepared folder (manifest.csv), {one_of(DATA_SETS)} as downloaded, {one_of(FORMS)}"
 
 
 def expected_form(names: Iterable[str]) -> str:
-    packed = any(re.search(r"\.(zip|7z|tar|tgz|gz|\d{3})$", name) for name in names)
-    return "unpack the archives (parts: `7z x train.zip.001`)" if packed else f"expected {EXPECTED}"
+    """Return what to do about a folder that holds `names` and no data set that is understood."""
+    if any(re.search(r"\.(zip|7z|tar|tgz|gz|\d{3})$", name) for name in names):
+        return "unpack the archives (parts: `7z x train.zip.001`)"
+    return f"expected {expected_data()}"
+
+
+def layout_help() -> str:
+    """Return the help text of --layout."""
+    entries = [f"{layout.name}: {layout.title}" for layout in LAYOUTS.values()]
+    return (
+        "How the data set lies on disk. auto takes the first of these forms that fits. "
+        f"{'; '.join(entries)}."
+    )
+
+
+def layout_table() -> str:
+    """Return the table of docs/data.md as markdown: a row for each layout."""
+    lines = [
+        "| `--layout` | data set | graded photographs, as published | patients |",
+        "|---|---|---|---|",
+    ]
+    for layout in LAYOUTS.values():
+        totals = [f"{split} {sum(counts):,}" for split, counts in layout.published.items()]
+        patients = "from names or a table" if layout.has_patients else "not published"
+        lines.append(
+            f"| `{layout.name}` | {layout.title} | {', '.join(totals) or '-'} | {patients} |"
+        )
+    return "\n".join(lines) + "\n"

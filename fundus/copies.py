@@ -1,6 +1,7 @@
 """Copies of a photograph, told by what the retina shows, not by bytes.
 
-Mirrors compress, resize and brighten files.
+Mirrors compress, resize and brighten files. A copy in another split, or under another patient's
+name, makes every number look better than it is.
 """
 
 import base64
@@ -13,38 +14,50 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from fundus.manifest import Manifest, some
+from fundus.manifest import Manifest, name_examples
 from fundus.photographs import PhotographError, pad_square
 from utils import InputError, log, sha256_of
 
-CLOSE, ALIKE = 0.88, 0.84  # cosines of coarse and full signatures from which pictures are copies
+# Cosines above which two pictures are candidates by their coarse signatures, and copies by their
+# full ones.
+CLOSE = 0.88
+ALIKE = 0.84
+
 Pair = tuple[str, str, float]  # two photographs and how alike they are; 1: the same file
 
 
-def signature(picture: np.ndarray) -> np.ndarray:
-    """Return what tells one retina from another in a picture: int8 (64, 64), 0 outside the fundus.
+# --------------------------------------------------------------------------------------- signatures
 
-    Vessels and lesions against their local mean, without rim and surround, in which photographs of
-    one camera are alike. Two are compared by their cosine, as `alike` does.
+
+def signature(picture: np.ndarray) -> np.ndarray:
+    """Return what tells one retina from another in a uint8 picture: int8 (64, 64), 0 outside it.
+
+    It holds vessels and lesions against their local mean, without rim and surround, in which all
+    photographs of a camera are alike. Two signatures are compared by `alike`.
     """
     small = Image.fromarray(pad_square(picture)).resize((64, 64), Image.Resampling.BOX)
     grey = small.convert("L")
-    light, mean = (
-        np.asarray(i, np.float32) for i in (grey, grey.filter(ImageFilter.GaussianBlur(4)))
-    )
+    light = np.asarray(grey, np.float32)
+    local_mean = np.asarray(grey.filter(ImageFilter.GaussianBlur(4)), np.float32)
+
+    # The fundus without 4 pixels at its rim, and within a disc of radius 29 around the middle.
     level = max(12, 0.25 * np.percentile(light, 60))
-    inside = Image.fromarray(np.asarray(small).max(axis=2) > level).convert("L")
-    away = (np.arange(64) - 31.5) ** 2
-    away = away + away[:, None] < 830  # squared pixels from the middle: a disc of radius 29
-    within = (np.asarray(inside.filter(ImageFilter.BoxBlur(4))) == 255) & away  # shrunk by 4
-    detail = np.clip(light - mean, -12, 12) * within
-    detail -= detail.sum() / max(1, within.sum()) * within
+    fundus = Image.fromarray(np.asarray(small).max(axis=2) > level).convert("L")
+    inner = np.asarray(fundus.filter(ImageFilter.BoxBlur(4))) == 255
+    squared = (np.arange(64) - 31.5) ** 2
+    disc = squared + squared[:, None] < 830
+    inside = inner & disc
+
+    # Clipped, so that one bright spot or reflex does not outweigh the vessels.
+    detail = np.clip(light - local_mean, -12, 12) * inside
+    detail -= detail.sum() / max(1, inside.sum()) * inside
     return np.round(10 * detail).clip(-127, 127).astype(np.int8)
 
 
 def coarse(look: np.ndarray) -> np.ndarray:
     """Return a signature at a quarter of its resolution, int8 (16, 16), to search by."""
-    return look.reshape(16, 4, 16, 4).mean(axis=(1, 3)).round().astype(np.int8)
+    blocks = look.reshape(16, 4, 16, 4)
+    return blocks.mean(axis=(1, 3)).round().astype(np.int8)
 
 
 def alike(one: np.ndarray, other: np.ndarray) -> float:
@@ -52,9 +65,15 @@ def alike(one: np.ndarray, other: np.ndarray) -> float:
 
     Copies that were compressed, resized or brightened are above 0.84, other eyes below it.
     """
-    a, b = (s.astype(np.float32).ravel() for s in (one, other))
-    weak = min(np.abs(a).mean(), np.abs(b).mean()) < 2
-    return 0.0 if weak else float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    first = one.astype(np.float32).ravel()
+    second = other.astype(np.float32).ravel()
+    # What is left of a blank picture is noise, of which any two may be alike.
+    if min(np.abs(first).mean(), np.abs(second).mean()) < 2:
+        return 0.0
+    return float(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
+
+
+# ------------------------------------------------------------------------------------------- search
 
 
 def find_alike(
@@ -67,17 +86,27 @@ def find_alike(
     """
     unit = small.astype(np.float32)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-6)
-    rows, columns = 512, 2048  # a block that stays in the processor's cache
+
+    # Cosines of all pairs, in blocks that stay in the processor's cache: EyePACS has 4e9 pairs.
+    rows = 512
+    columns = 2048
     block = np.empty((rows, columns), np.float32)
     for top in range(0, len(unit), rows):
         for left in range(top, len(unit), columns):
-            a, b = unit[top : top + rows], unit[left : left + columns]
-            cosines = np.matmul(a, b.T, out=block[: len(a), : len(b)])
-            close = np.argwhere(cosines > CLOSE) if cosines.max() > CLOSE else ()
-            for i, j in ((top + int(i), left + int(j)) for i, j in close):
-                how = alike(full(i), full(j)) if i < j else 0.0
-                if how > ALIKE:
-                    yield i, j, how
+            upper = unit[top : top + rows]
+            lower = unit[left : left + columns]
+            cosines = np.matmul(upper, lower.T, out=block[: len(upper), : len(lower)])
+            # Most blocks have no candidate, and the maximum is found faster than its place.
+            if cosines.max() <= CLOSE:
+                continue
+            for row, column in np.argwhere(cosines > CLOSE):
+                i = top + int(row)
+                j = left + int(column)
+                if i >= j:
+                    continue
+                cosine = alike(full(i), full(j))
+                if cosine > ALIKE:
+                    yield i, j, cosine
 
 
 def find_copies(
@@ -88,10 +117,16 @@ def find_copies(
     `facts` gives each photograph's coarse signature (base64) and its picture's sha256, by path;
     `picture_of` the picture, uint8 RGB, of the few whose signatures are close.
     """
-    paths = [path for path, fact in facts.items() if "error" not in fact]
-    looks = b"".join(base64.b64decode(facts[path]["signature"]) for path in paths)
-    small = np.frombuffer(looks, np.int8).reshape(len(paths), -1)
+    digests = {}
+    looks = []
+    for path, fact in facts.items():
+        if "error" not in fact:
+            digests[path] = fact["sha256"]
+            looks.append(base64.b64decode(fact["signature"]))
+    paths = list(digests)
+    small = np.frombuffer(b"".join(looks), np.int8).reshape(len(paths), 16 * 16)
 
+    # A photograph with many copies is asked for many times.
     @functools.lru_cache(4096)
     def full(index: int) -> np.ndarray:
         try:
@@ -99,11 +134,13 @@ def find_copies(
         except PhotographError as error:
             raise InputError(f"{paths[index]}: {error}; repeat the command") from None
 
-    found = {(paths[i], paths[j]): how for i, j, how in find_alike(small, full)}
-    first: dict[str, str] = {}
-    same = [(first.setdefault(facts[path]["sha256"], path), path) for path in paths]
-    found |= {pair: 1.0 for pair in same if pair[0] != pair[1]}
-    return [(*pair, how) for pair, how in sorted(found.items())]
+    cosines = {}
+    for i, j, cosine in find_alike(small, full):
+        cosines[paths[i], paths[j]] = cosine
+    # Equal files count as copies whatever they show, so blank ones are found too.
+    for pair in _equal_pairs(digests):
+        cosines[pair] = 1.0
+    return [(one, other, cosine) for (one, other), cosine in sorted(cosines.items())]
 
 
 def same_files(manifest: Manifest) -> list[tuple[str, str]]:
@@ -111,17 +148,33 @@ def same_files(manifest: Manifest) -> list[tuple[str, str]]:
 
     Only files of one size are read. Copies that were compressed or resized take prepare_data.py.
     """
-    if manifest.prepared or len({r.patient for r in manifest.records}) < len(manifest.records):
+    patients = {record.patient for record in manifest.records}
+    if manifest.prepared or len(patients) < len(manifest.records):
         return []
+
     by_size: dict[int, list[str]] = defaultdict(list)
     for record in manifest.records:
         by_size[os.path.getsize(manifest.root / record.path)].append(record.path)
-    paths = [path for same in by_size.values() if len(same) > 1 for path in same]
-    digests = {path: sha256_of(manifest.root / path) for path in paths}
-    first: dict[str, str] = {}
-    pairs = [(first.setdefault(digest, path), path) for path, digest in digests.items()]
-    pairs = [pair for pair in pairs if pair[0] != pair[1]]
+    digests = {}
+    for paths in by_size.values():
+        if len(paths) > 1:
+            for path in paths:
+                digests[path] = sha256_of(manifest.root / path)
+
+    pairs = _equal_pairs(digests)
     if pairs:
-        told = f"{len(pairs)} photographs are copies: {some([' = '.join(p) for p in pairs])}"
-        log.warning("data: %s; prepare_data.py finds changed copies too", told)
+        examples = name_examples([f"{one} = {other}" for one, other in pairs])
+        message = "data: %d photographs are copies: %s; prepare_data.py finds changed copies too"
+        log.warning(message, len(pairs), examples)
+    return pairs
+
+
+def _equal_pairs(digests: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return each path with the first one of the same digest, where that is another path."""
+    first: dict[str, str] = {}
+    pairs = []
+    for path, digest in digests.items():
+        original = first.setdefault(digest, path)
+        if original != path:
+            pairs.append((original, path))
     return pairs

@@ -1,88 +1,161 @@
-"""How each data set lies on disk: its photographs, grades, patients and splits.
+"""Open a data set: recognise how it lies on disk, read it, complete its splits.
 
-`open_data` recognises a folder and gives a Manifest, the one internal form. A new data set is one
-function and one entry in adapters.LAYOUTS.
+`open_data` gives a Manifest, the one internal form. What each data set looks like is told by the
+registry in adapters.py; a new one is an entry there.
 """
 
 import os
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fundus.adapters import EXPECTED, LAYOUTS, NO_PATIENTS, PUBLISHED, csv_records, expected_form
+from fundus.adapters import LAYOUTS, Layout, expected_data, expected_form
 from fundus.listing import Found, Reading, scan_folder
-from fundus.manifest import Manifest, Record, check_leaks, read_header, read_manifest, some
+from fundus.manifest import (
+    GRADES,
+    Manifest,
+    Record,
+    check_leaks,
+    name_examples,
+    read_header,
+    read_manifest,
+)
 from fundus.splits import complete_splits
 from utils import InputError
 
+NO_PATIENTS = "patients are not published: each photograph counts as one"
 
-def open_data(path, layout: str = "auto", reading=None, linked=None) -> Manifest:
-    """Recognise a data set (EXPECTED, else InputError), read it, and complete its splits.
 
-    `path` is a folder, or a csv in it; `linked` gives pairs of photographs not to be parted.
+def open_data(
+    path: str | os.PathLike,
+    layout: str = "auto",
+    reading: Reading | None = None,
+    linked: Callable[[Manifest], Iterable[tuple[str, str]]] | None = None,
+) -> Manifest:
+    """Return a data set with complete splits; `path` is a folder, or a csv in it.
+
+    `layout` is one of adapters.LAYOUTS, or auto. `linked` finds the pairs of photographs that must
+    stay in one split. Raises InputError for anything that is no data set, or one with a fault.
     """
     manifest = read_data(path, layout, reading or Reading())
-    return complete_splits(manifest, linked(manifest) if linked else ())
+    pairs = ()
+    if linked is not None:
+        pairs = linked(manifest)
+    return complete_splits(manifest, pairs)
 
 
-def read_data(path, layout: str, reading: Reading) -> Manifest:
-    """Read a data set with the splits that it has been published with, train where it has none."""
-    root, name = Path(path).expanduser(), "manifest.csv"
-    if root.suffix.lower() == ".csv" and root.is_file():
-        root, name = root.parent, root.name
-        if not (name.startswith("manifest") or reading.path_column):
-            raise InputError(
-                f"{path}: say which column holds the paths: prepare_data.py "
-                f"--path-column NAME (of {some(read_header(root / name))})"
-            )
-    if not root.is_dir():
-        raise InputError(f"{root}: is not a folder that exists; expected {EXPECTED}")
-    layout = "csv" if layout == "auto" and reading.path_column else layout
-    if layout == "auto" and (root / name).is_file() and name.startswith("manifest"):
-        return read_manifest(root, name)
+def read_data(path: str | os.PathLike, layout: str, reading: Reading) -> Manifest:
+    """Return a data set in the splits in which it was published, in train where it has none."""
+    root, csv_name = _find_root(Path(path).expanduser(), reading)
+    if layout == "auto" and reading.path_column:
+        layout = "csv"
+
+    # A manifest.csv says all there is to say, unless --path-column asks for other columns of it.
+    if layout == "auto" and csv_name.startswith("manifest") and (root / csv_name).is_file():
+        return read_manifest(root, csv_name)
+    # Without manifest.csv it is half prepared, and would be read as a folder of photographs.
     if (root / "prepare.jsonl").is_file():
         raise InputError(f"{root}: its preparation is unfinished; repeat that prepare_data.py")
-    found = scan_folder(root, reading)
-    layout, records = _choose(found, layout, name)
-    _compare(found, layout, records)
-    if not (NO_PATIENTS in "".join(found.notes) or reading.patient_column):
-        lone = [record.path for record in records if not record.eye]
-        what = f"{len(lone)} photographs whose names tell no patient count as one patient each"
-        found.notes += [f"{what}: {some(lone)}"] if lone else []
+
+    found = scan_folder(root, reading, csv_name)
+    chosen, records = _read_layout(found, layout)
+
+    # Whoever reads a result must know how far patients were kept apart.
+    if not chosen.has_patients:
+        found.notes.append(NO_PATIENTS)
+    _compare_with_published(found, chosen, records)
+    if chosen.has_patients and not reading.patient_column:
+        _note_lone_photographs(found, records)
+
+    # Published splits may leak; those that we make ourselves cannot.
     check_leaks(records, root)
-    return Manifest(root, tuple(records), False, layout, tuple(found.notes), found.lists)
+    notes = tuple(found.notes)
+    return Manifest(root, tuple(records), False, chosen.name, notes, found.lists)
 
 
-def _choose(found: Found, layout: str, name: str) -> tuple[str, list[Record]]:
-    """Read a folder as `layout`, or as the first that fits it; `name` is the csv's."""
-    root, reading = found.root, found.reading
-    if layout == "csv":
-        records = csv_records(found, name)
-    elif layout == "auto":
-        read = ((key, adapter(found)) for key, adapter in LAYOUTS.items())
-        layout, records = next(pair for pair in read if pair[1] is not None)
+def _find_root(path: Path, reading: Reading) -> tuple[Path, str]:
+    """Return the folder of a data set, and the name of the csv in it which describes it."""
+    if path.suffix.lower() == ".csv" and path.is_file():
+        if not path.name.startswith("manifest") and not reading.path_column:
+            raise InputError(
+                f"{path}: say which column holds the paths: prepare_data.py "
+                f"--path-column NAME (of {name_examples(read_header(path))})"
+            )
+        return path.parent, path.name
+    if not path.is_dir():
+        raise InputError(f"{path}: is not a folder that exists; expected {expected_data()}")
+    return path, "manifest.csv"
+
+
+def _read_layout(found: Found, name: str) -> tuple[Layout, list[Record]]:
+    """Read a folder as the layout `name`, or for auto as the first that fits it."""
+    if name == "auto":
+        layout, records = _first_that_fits(found)
     else:
-        records = LAYOUTS[layout](found) or []
-    for given, used in ((reading.path_column, "csv"), (reading.grades, "class_folders")):
-        if given and layout != used:
-            raise InputError(f"{root}: is read as {layout}, which has no use for {given!r}")
+        layout = LAYOUTS[name]
+        records = layout.read(found)
+
+    # An option that changes nothing is a mistake of which the user should know.
+    reading = found.reading
+    if reading.path_column and layout.name != "csv":
+        raise _no_use(found, layout, reading.path_column)
+    if reading.grades and layout.name != "class_folders":
+        raise _no_use(found, layout, reading.grades)
+
     if not records:
-        names = sorted(os.listdir(root))
-        what = "" if layout == "photographs" else f", and no photographs of {layout}"
-        raise InputError(f"{root}: found {some(names) or 'nothing'}{what}; {expected_form(names)}")
+        names = sorted(os.listdir(found.root))
+        there = name_examples(names) or "nothing"
+        # Any photograph would do for this layout, so it is not named as the one that was missed.
+        if layout.name != "photographs":
+            there = f"{there}, and no photographs of {layout.name}"
+        raise InputError(f"{found.root}: found {there}; {expected_form(names)}")
     return layout, records
 
 
-def _compare(found: Found, layout: str, records: list[Record]) -> None:
-    """Note what was found of each split beside what the data set publishes."""
-    for split, expected in PUBLISHED.get(layout, {}).items():
-        rows = [r for r in records if split in (r.split, "all")]
-        counts = tuple(Counter(r.grade for r in rows)[grade] for grade in range(5))
-        note = f"{split}: {len(rows)} photographs of grades 0-4 {counts}"
-        more = f"; published {sum(expected)} {expected}" if counts != expected else ", as published"
-        found.notes.append(note + more)
+def _first_that_fits(found: Found) -> tuple[Layout, list[Record]]:
+    """Read a folder as the first layout whose adapter takes it; the last one takes any."""
+    for layout in LAYOUTS.values():
+        if layout.automatic:
+            records = layout.read(found)
+            if records is not None:
+                return layout, records
+    raise AssertionError("a folder of photographs fits always")
 
 
-# ---------------------------------------------------------------------------------------- adapters
+def _no_use(found: Found, layout: Layout, value: object) -> InputError:
+    """Return the error for an option that the layout does not use."""
+    return InputError(f"{found.root}: is read as {layout.name}, which has no use for {value!r}")
 
 
-# ----------------------------------------------------------------------------------------- folders
+def _compare_with_published(found: Found, layout: Layout, records: Sequence[Record]) -> None:
+    """Note what was found of each split beside what the data set's authors publish.
+
+    A difference is no error, since people take parts of data sets.
+    """
+    for split, published in layout.published.items():
+        grades = Counter()
+        for record in records:
+            if split in (record.split, "all"):
+                grades[record.grade] += 1
+        counts = tuple(grades[grade] for grade in range(GRADES))
+        comparison = ", as published"
+        if counts != published:
+            comparison = f"; published {sum(published)} {published}"
+        found.notes.append(
+            f"{split}: {grades.total()} photographs of grades 0-4 {counts}{comparison}"
+        )
+
+
+def _note_lone_photographs(found: Found, records: Sequence[Record]) -> None:
+    """Note the photographs whose names tell no patient, where names could tell."""
+    # A table, like that of Messidor-2, may have paired photographs whose names tell nothing.
+    uses = Counter(record.patient for record in records)
+    lone = []
+    for record in records:
+        if not record.eye and uses[record.patient] == 1:
+            lone.append(record.path)
+    if lone:
+        found.notes.append(
+            f"{len(lone)} photographs whose names tell no patient count as one patient each: "
+            f"{name_examples(lone)}"
+        )

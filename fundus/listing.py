@@ -3,16 +3,21 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import NamedTuple
 
-from fundus.manifest import GRADE, Record, read_csv, some
+from fundus.manifest import Record, name_examples, parse_grade, read_csv
 from utils import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp")
-EYE = "(.+)[-_ ](left|right|os|od|l|r)"
+TABLES = (".csv", ".txt")
+
+# Names like 10_left, 10-OD and "10 l" tell the patient and the eye (oculus sinister, dexter).
+# Letters may be of any case.
+NAME_WITH_EYE = "(?ai)(.+)[-_ ](left|right|os|od|l|r)"
+EYES = {"left": "left", "os": "left", "l": "left", "right": "right", "od": "right", "r": "right"}
 
 
 @dataclass(frozen=True)
@@ -25,103 +30,43 @@ class Reading:
     grades: dict[str, int] = field(default_factory=dict)  # by the class folder's name
 
 
-@dataclass
-class Found:
-    """A folder's listing, which adapters look at, and the notes that they leave."""
+class TableRow(NamedTuple):
+    """What a row of labels says; `where` is "FILE, row NUMBER"."""
 
-    root: Path
-    photographs: list[str]  # posix paths relative to root, sorted
-    tables: dict[str, str]  # .csv and .txt files: path by lower-case name, the uppermost of each
-    reading: Reading
-    notes: list[str] = field(default_factory=list)
-    lists: dict[str, list[str]] = field(default_factory=dict)
+    where: str
+    name: str
+    grade: str
 
-    def tell(self, what: str, names: Sequence[str]) -> None:
-        """Note how many there are of something, with five examples; nothing where there is none."""
-        if names:
-            self.notes.append(f"{len(names)} {what}: {some(names)}")
-            self.lists[what] = list(names)
 
-    def join(self, paths: list[str], file: str, split: str, image: str, grade: str) -> list[tuple]:
-        """Match photographs with a csv's columns `image` and `grade`: (path, grade, split)."""
-        rows = read_csv(self.root / file, (image, grade))
-        return self.match(paths, file, split, [(w, row[image], row[grade]) for w, row in rows])
+class Labelled(NamedTuple):
+    """A photograph with its grade (None: not known) and its split."""
 
-    def match(
-        self, paths: list[str], file: str, split: str, rows: list, dropped: Any = (), key=None
-    ) -> list[tuple]:
-        """Match photographs with a table's rows (where, name, grade): (path, grade, split).
+    path: str
+    grade: int | None
+    split: str
 
-        Both go by their `key`, `stem_of` mostly, since mirrors change folders, suffixes and case.
-        What has no partner is told; so are rows whose grade is one of `dropped`, which are left
-        out, under what it says. Raises InputError, naming file and row, for other grades than 0-4,
-        and for a name with two.
-        """
-        by_name: dict[str, str] = {}
-        key, dropped = key or stem_of, dict(dropped)
-        for path in paths:
-            if by_name.setdefault(key(path), path) != path:
-                twice = f"{by_name[key(path)]} and {path} have the same name"
-                raise InputError(f"{self.root / file}: {twice}; keep one")
-        grades: dict[str, Any] = {}
-        for where, text, grade in rows:
-            name, value = key(text), grade if grade in dropped else _grade(where, grade)
-            if grades.setdefault(name, value) != value:
-                raise InputError(f"{where}: {name} has grade {grades[name]} further up; keep one")
-        lone = [path for name, path in by_name.items() if name not in grades]
-        self.tell(f"photographs without a row in {PurePosixPath(file).name}", lone)
-        missing = [name for name in grades if name not in by_name]
-        self.tell(f"rows of {PurePosixPath(file).name} without photograph", missing)
-        for text, what in dropped.items():
-            left = [name for name, grade in grades.items() if grade == text]
-            self.tell(f"photographs left out, {what}", left)
-        both = ((path, grades[name]) for name, path in by_name.items() if name in grades)
-        return [(path, grade, split) for path, grade in both if grade not in dropped]
 
-    def below(self, folder: str) -> list[str]:
-        """Return the photographs under a folder, "" for all."""
-        return [p for p in self.photographs if not folder or p.startswith(folder + "/")]
+# -------------------------------------------------------------------------------------------- names
 
 
 def stem_of(name: str) -> str:
-    """A photograph's name without folders, suffix and case."""
-    stem, suffix = os.path.splitext(PurePosixPath(name.replace("\\", "/")).name.casefold())
-    return stem + suffix * (suffix not in SUFFIXES)
+    """Return a photograph's name without folders, suffix and case, which mirrors change.
 
-
-def _grade(where: str, text: str) -> int | None:
-    if not re.fullmatch(GRADE, text):
-        raise InputError(f"{where}: grade is {text!r}; expected 0, 1, 2, 3 or 4")
-    return int(text[0]) if text else None
-
-
-def named_records(items: Iterable[tuple[str, int | None, str]]) -> list[Record]:
-    """Records of (path, grade, split); patients are named <patient>_<left|right>, else by stem.
-
-    Also -left, _OS or _l, and so on (oculus sinister, dexter).
+    Folders may be separated as on Windows.
     """
-    records = []
-    for record in lone_records(items):
-        match = re.fullmatch(EYE, PurePosixPath(record.path).stem, re.IGNORECASE)
-        sides = {"l": "left", "os": "left", "r": "right", "od": "right"}
-        eye = match[2].lower() if match else ""
-        patient = match[1] if match else record.patient
-        records.append(replace(record, patient=patient, eye=sides.get(eye, eye)))
-    return records
-
-
-def lone_records(items: Iterable[tuple[str, int | None, str]]) -> list[Record]:
-    """Records of (path, grade, split), each photograph its own patient."""
-    items = [(PurePosixPath(path), grade, split) for path, grade, split in items]
-    times = Counter(path.stem for path, _, _ in items)
-    # A stem that occurs twice (0/1.jpg, 1/1.jpg) is numbering, no patient: take the path.
-    names = [p.stem if times[p.stem] == 1 else str(p.with_suffix("")) for p, _, _ in items]
-    both = zip(items, names, strict=True)
-    return [Record(str(p), grade, name, "", split) for (p, grade, split), name in both]
+    last = PurePosixPath(name.replace("\\", "/")).name.casefold()
+    stem, suffix = os.path.splitext(last)
+    # Names with dots in them ("scan.v2") have no suffix to lose.
+    return stem if suffix in SUFFIXES else last
 
 
 def grade_of_name(name: str) -> int | None:
-    """The grade that a folder's name says: 2, grade_2, Moderate, "2 - moderate NPDR"; or None."""
+    """Return the grade that a folder's name says, or None.
+
+    Understood are the number (2, grade_2), ICDR's words (Moderate, moderate_DR) and both
+    ("2 - moderate NPDR").
+    """
+    # Without blanks, dashes and underscores there are few ways left to write a grade.
     text = re.sub("[^a-z0-9]", "", name.lower())
     words = ("no|noapparent|normal", "mild", "moderate", "severe", "p(?=dr)|proliferat(e|ive)")
     disease = "(npdr|(nonproliferative)?(dr|(diabetic)?retinopathy)?)"
@@ -131,30 +76,199 @@ def grade_of_name(name: str) -> int | None:
     return None
 
 
-def scan_folder(root: Path, reading: Reading) -> Found:
-    """List photographs and tables at any depth, by posix paths; links are followed."""
+def named_records(photographs: Iterable[Labelled]) -> list[Record]:
+    """Return a record for each photograph, its patient and eye as NAME_WITH_EYE tells them.
+
+    Photographs with other names are each their own patient.
+    """
+    records = []
+    for record in lone_records(photographs):
+        match = re.fullmatch(NAME_WITH_EYE, PurePosixPath(record.path).stem)
+        if match:
+            eye = EYES[match[2].lower()]
+            record = Record(record.path, record.grade, match[1], eye, record.split)
+        records.append(record)
+    return records
+
+
+def lone_records(photographs: Iterable[Labelled]) -> list[Record]:
+    """Return a record for each photograph, each its own patient, named by the photograph's stem."""
+    photographs = list(photographs)
+    uses: Counter[str] = Counter()
+    for photograph in photographs:
+        uses[PurePosixPath(photograph.path).stem] += 1
+    records = []
+    for photograph in photographs:
+        path = PurePosixPath(photograph.path)
+        patient = path.stem
+        # A stem that occurs twice (0/1.jpg, 1/1.jpg) is numbering, no patient: take the path.
+        if uses[patient] > 1:
+            patient = str(path.with_suffix(""))
+        records.append(Record(str(path), photograph.grade, patient, "", photograph.split))
+    return records
+
+
+# ------------------------------------------------------------------------------- a folder's content
+
+
+@dataclass
+class Found:
+    """A folder's listing, which adapters read, and the notes that they leave for the user."""
+
+    root: Path
+    photographs: list[str]  # posix paths relative to root, sorted
+    tables: dict[str, str]  # .csv and .txt files: path by lower-case name, the uppermost of each
+    reading: Reading
+    csv_name: str  # the csv in root that the user named; manifest.csv where a folder was named
+    notes: list[str] = field(default_factory=list)
+    lists: dict[str, list[str]] = field(default_factory=dict)
+
+    def add_note(self, what: str, names: Sequence[str]) -> None:
+        """Note how many there are of something, with five examples; nothing where there is none."""
+        if names:
+            self.notes.append(f"{len(names)} {what}: {name_examples(names)}")
+            self.lists[what] = list(names)
+
+    def below(self, folder: str) -> list[str]:
+        """Return the photographs below a folder, all of them for ""."""
+        if not folder:
+            return list(self.photographs)
+        return [path for path in self.photographs if path.startswith(f"{folder}/")]
+
+    def csv_files(self) -> list[str]:
+        """Return the csv tables, without those that lie deeper under the same name."""
+        return [path for name, path in self.tables.items() if name.endswith(".csv")]
+
+    def join(
+        self, paths: Sequence[str], file: str, split: str, name_column: str, grade_column: str
+    ) -> list[Labelled]:
+        """Return the photographs that a csv grades, matched by their names, as `match` does."""
+        rows = []
+        for where, row in read_csv(self.root / file, (name_column, grade_column)):
+            rows.append(TableRow(where, row[name_column], row[grade_column]))
+        return self.match(paths, file, split, rows)
+
+    def match(
+        self,
+        paths: Sequence[str],
+        file: str,
+        split: str,
+        rows: Sequence[TableRow],
+        *,
+        dropped: Mapping[str, str] | None = None,
+        key: Callable[[str], str] = stem_of,
+    ) -> list[Labelled]:
+        """Return those of the photographs `paths` that the rows of a table grade, in their order.
+
+        A photograph belongs to the row with the same `key` of its name. What has no partner is
+        noted. Rows whose grade is one of `dropped` are left out, and noted with the reason that
+        `dropped` gives. Raises InputError, naming file and row, for any other grade than 0 to 4 and
+        for a name with two photographs or two grades.
+        """
+        dropped = dropped or {}
+        table = PurePosixPath(file).name
+        path_of = self._paths_by_key(paths, file, key)
+        grade_of = _grades_by_key(rows, dropped, key)
+
+        # Mirrors lack photographs and tables lack rows; the user must see how many, and which.
+        lone = [path for name, path in path_of.items() if name not in grade_of]
+        self.add_note(f"photographs without a row in {table}", lone)
+        missing = [name for name in grade_of if name not in path_of]
+        self.add_note(f"rows of {table} without photograph", missing)
+        for text, reason in dropped.items():
+            left_out = [name for name, grade in grade_of.items() if grade == text]
+            self.add_note(f"photographs left out, {reason}", left_out)
+
+        matched = []
+        for name, path in path_of.items():
+            if name in grade_of and grade_of[name] not in dropped:
+                matched.append(Labelled(path, grade_of[name], split))
+        return matched
+
+    def _paths_by_key(
+        self, paths: Sequence[str], file: str, key: Callable[[str], str]
+    ) -> dict[str, str]:
+        """Return the photographs by key; InputError where two of them have the same one."""
+        path_of: dict[str, str] = {}
+        for path in paths:
+            other = path_of.setdefault(key(path), path)
+            if other != path:
+                raise InputError(
+                    f"{self.root / file}: {other} and {path} have the same name; keep one"
+                )
+        return path_of
+
+
+def _grades_by_key(
+    rows: Sequence[TableRow], dropped: Mapping[str, str], key: Callable[[str], str]
+) -> dict[str, int | str | None]:
+    """Return each row's grade by key, the text itself where it is one of `dropped`."""
+    grade_of: dict[str, int | str | None] = {}
+    for row in rows:
+        name = key(row.name)
+        grade = row.grade
+        if grade not in dropped:
+            grade = parse_grade(row.where, row.grade)
+        if grade_of.setdefault(name, grade) != grade:
+            raise InputError(f"{row.where}: {name} has grade {grade_of[name]} further up; keep one")
+    return grade_of
+
+
+def scan_folder(root: Path, reading: Reading, csv_name: str) -> Found:
+    """Return the photographs and tables below `root`, at any depth; links are followed.
+
+    Hidden files and folders are passed over, as is __MACOSX, which archives made on a Mac hold.
+    Files of other kinds are counted in a note. Raises InputError for folders that cannot be read
+    and names that are no UTF-8.
+    """
+    photographs = []
+    tables = []
+    others: Counter[str] = Counter()
+    for path in _walk(root):
+        name = path.lower()
+        if name.endswith(SUFFIXES):
+            photographs.append(path)
+        elif name.endswith(TABLES):
+            tables.append(path)
+        else:
+            others[os.path.splitext(name)[1] or "without suffix"] += 1
+
+    # The uppermost table of a name comes last and stays: copies of it lie deeper, in archives.
+    path_of_table = {}
+    for path in sorted(tables, key=lambda path: (-path.count("/"), path)):
+        path_of_table[PurePosixPath(path).name.lower()] = path
+
+    # Such a name cannot be written into manifest.csv.
+    for path in photographs:
+        if path != path.encode("utf-8", "replace").decode():
+            raise InputError(f"{root}: {ascii(path)} is no name in UTF-8; rename the file")
+
+    notes = []
+    if others:
+        counts = []
+        for kind in sorted(others, key=lambda kind: (-others[kind], kind)):
+            counts.append(f"{others[kind]} {kind}")
+        notes.append(f"files that are not read: {', '.join(counts)}")
+    return Found(root, sorted(photographs), path_of_table, reading, csv_name, notes)
+
+
+def _walk(root: Path) -> Iterable[str]:
+    """Give the path of every file below `root`, posix and relative to it."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    photographs, tables, others, seen = [], [], [], set()
+    visited = set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)  # a link back up would never end
-        folders[:] = [f for f in folders if real not in seen and f[0] != "." and f != "__MACOSX"]
-        prefix = Path(folder).relative_to(root)
-        shown = [n for n in names if n[0] != "." and real not in seen]
-        paths = [(n.lower(), (prefix / n).as_posix()) for n in shown]
-        photographs += [path for name, path in paths if name.endswith(SUFFIXES)]
-        tables += [path for name, path in paths if name.endswith((".csv", ".txt"))]
-        known = (*SUFFIXES, ".csv", ".txt")
-        others += [os.path.splitext(name)[1] for name, _ in paths if not name.endswith(known)]
-        seen.add(real)
-    tables.sort(key=lambda path: (-path.count("/"), path))
-    by_name = {PurePosixPath(path).name.lower(): path for path in tables}  # the uppermost stays
-    odd = [path for path in photographs if path != path.encode("utf-8", "replace").decode()]
-    if odd:
-        raise InputError(f"{root}: {ascii(odd[0])} is no name in UTF-8; rename the file")
-    counts = sorted((-n, kind or "without suffix") for kind, n in Counter(others).items())
-    kinds = ", ".join(f"{-n} {kind}" for n, kind in counts)
-    notes = [f"files that are not read: {kinds}"] if kinds else []
-    return Found(root, sorted(photographs), by_name, reading, notes)
+        # A link back up would never end, so each folder is visited once.
+        real = os.path.realpath(folder)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        # os.walk goes on into the folders that are left in its own list.
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        below_root = Path(folder).relative_to(root)
+        for name in names:
+            if name[0] != ".":
+                yield (below_root / name).as_posix()

@@ -1,7 +1,7 @@
 """The one internal form of a data set: photographs with grade, patient and split, on disk a csv.
 
-`manifest.csv` holds a row for each photograph; whatever reads photographs reads it, or a Manifest
-that layouts.py made of a data set as it was downloaded. Splits never share a patient.
+`manifest.csv` holds one row for each photograph. Training and evaluation read that file, or the
+Manifest that layouts.py makes of a data set as it was downloaded. No patient is in two splits.
 """
 
 import csv
@@ -10,16 +10,32 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from utils import InputError, write_atomic
 
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
-GRADES = 5  # of the ICDR scale: 0 none, 1 mild, 2 moderate, 3 severe, 4 proliferative
-GRADE = r"([0-4])(\.0*)?|"  # nothing: not graded
+# Of the International Clinical Diabetic Retinopathy scale (Wilkinson et al., 2003):
+# 0 no retinopathy, 1 mild, 2 moderate, 3 severe, 4 proliferative.
+GRADES = 5
+
+SPLITS = ("train", "val", "test")
+
+# What data sets call their splits, in lower case.
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+}
+
+# The columns of manifest.csv that must be there; those after them may be missing.
+REQUIRED_COLUMNS = ("path", "grade", "patient", "eye", "split")
 
 
 @dataclass(frozen=True)
@@ -30,172 +46,326 @@ class Record:
     grade: int | None
     patient: str
     eye: str  # "left", "right" or ""
-    split: str  # "train", "val" or "test"
-    source: str = ""
-    width: int | None = None  # of the photograph as downloaded, like the height
+    split: str  # one of SPLITS
+    source: str = ""  # path of the photograph that this one was prepared from
+    width: int | None = None  # of that photograph, like the height
     height: int | None = None
     sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All photographs of a data set; `prepared` ones are cropped, `notes` are to be said aloud."""
+    """All photographs of a data set; those of a `prepared` one are cropped already.
+
+    `notes` are sentences that a user should read. `lists` holds what the notes count, name by name.
+    """
 
     root: Path
     records: tuple[Record, ...]
     prepared: bool
     layout: str
     notes: tuple[str, ...] = ()
-    lists: dict[str, list[str]] = field(default_factory=dict)  # what notes count, name by name
+    lists: dict[str, list[str]] = field(default_factory=dict)
 
     def split(self, name: str) -> list[Record]:
+        """Return the records of a split."""
         return [record for record in self.records if record.split == name]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what the rows say, whatever their order and wherever the folder lies."""
-        rows = sorted((r.path, str(r.grade), r.patient, r.split, r.sha256) for r in self.records)
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
+        """The sha256 of what the rows say, whatever their order and wherever the folder lies."""
+        # What cannot change a result is left out: the eye, and the source with its size.
+        rows = []
+        for record in self.records:
+            grade = str(record.grade)
+            rows.append((record.path, grade, record.patient, record.split, record.sha256))
+        return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
 
 
-def read_manifest(folder, name: str = "manifest.csv") -> Manifest:
-    """Read and check a manifest in `folder`; every fault is an InputError naming its row."""
-    root, records, rows = Path(folder), [], {}
-    for where, row in read_csv(root / name, [f.name for f in fields(Record)[:5]]):
+# ------------------------------------------------------------------------------------- manifest.csv
+
+
+def read_manifest(folder: str | os.PathLike, name: str = "manifest.csv") -> Manifest:
+    """Return the manifest that the csv `name` in `folder` holds.
+
+    Raises InputError, naming the row, for a row at fault, a photograph named twice, a file that is
+    not there and a link out of the folder; and for patients that are in two splits.
+    """
+    root = Path(folder)
+    records = []
+    places: dict[str, str] = {}  # "FILE, row NUMBER" by path
+    for where, row in read_csv(root / name, REQUIRED_COLUMNS):
         record = _parse_row(where, row)
-        if record.path in rows:
-            raise InputError(f"{where}: {record.path} is in {rows[record.path]} too; keep one")
-        rows[record.path] = where
+        if record.path in places:
+            raise InputError(f"{where}: {record.path} is in {places[record.path]} too; keep one")
+        places[record.path] = where
         records.append(record)
-    missing = check_files(root, rows)
+
+    missing = check_files(root, places)
     if missing:
-        n = f"{len(missing)} of {len(rows)} files are not there"
-        raise InputError(f"{rows[missing[0]]}: {n}: {some(missing)}; copy them or drop their rows")
+        raise InputError(
+            f"{places[missing[0]]}: {len(missing)} of {len(places)} files are not there: "
+            f"{name_examples(missing)}; copy them or drop their rows"
+        )
     check_leaks(records, root / name)
-    # What prepare_data.py leaves beside it; without that, a list of photographs as they are.
-    prepared = (root / "data_report.json").is_file()
-    return Manifest(root, tuple(records), prepared, "prepared" if prepared else "manifest")
+
+    # A folder of prepare_data.py holds its report. Without one these are photographs as they are.
+    if (root / "data_report.json").is_file():
+        return Manifest(root, tuple(records), prepared=True, layout="prepared")
+    return Manifest(root, tuple(records), prepared=False, layout="manifest")
 
 
-def write_manifest(folder, records: Iterable[Record], name: str = "manifest.csv") -> None:
-    """Write a manifest into `folder`, whole or not at all."""
+def write_manifest(
+    folder: str | os.PathLike, records: Iterable[Record], name: str = "manifest.csv"
+) -> None:
+    """Write the csv `name` into `folder`, whole or not at all."""
+    # All rows become text first, so that a fault in one of them leaves the old file as it was.
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Record))
-    writer.writerows(astuple(record) for record in records)
+    writer.writerow(column.name for column in fields(Record))
+    writer.writerows(map(astuple, records))
     data = text.getvalue().encode()
     write_atomic(Path(folder) / name, lambda temporary: temporary.write_bytes(data))
 
 
+def _parse_row(where: str, row: Mapping[str, str]) -> Record:
+    """Return a row of the csv as a record; raise InputError for the first value at fault."""
+    check_path(where, row["path"])
+    grade = parse_grade(where, row["grade"])
+    if not row["patient"]:
+        raise InputError(
+            f"{where}: patient is ''; expected a name (unknown: one for each photograph)"
+        )
+    eye = row["eye"].lower()
+    if eye not in ("", "left", "right"):
+        raise InputError(f"{where}: eye is {row['eye']!r}; expected left, right or nothing")
+    split = SPLIT_WORDS.get(row["split"].lower())
+    if split is None:
+        raise InputError(f"{where}: split is {row['split']!r}; expected train, val or test")
+
+    return Record(
+        path=str(PurePosixPath(row["path"])),
+        grade=grade,
+        patient=row["patient"],
+        eye=eye,
+        split=split,
+        source=row.get("source", ""),
+        width=_parse_side(where, row, "width"),
+        height=_parse_side(where, row, "height"),
+        sha256=row.get("sha256", "").lower(),
+    )
+
+
+def _parse_side(where: str, row: Mapping[str, str], name: str) -> int | None:
+    """Return a photograph's width or height in pixels, None where the csv does not say it."""
+    text = row.get(name, "")
+    if not text:
+        return None
+    if not re.fullmatch("[0-9]+", text):
+        raise InputError(f"{where}: {name} is {text!r}; expected a whole number of pixels")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------------ any csv
+
+
 def read_csv(file: Path, required: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """Rows as ("FILE, row NUMBER", {column: text}); blanks around texts are taken off."""
+    """Return the rows of a csv as ("FILE, row NUMBER", {column: text}), without empty ones.
+
+    Blanks around texts are taken off. Commas, semicolons and tabs all separate columns. Raises
+    InputError for a file that is no such table, has no rows or lacks one of the `required` columns.
+    """
+    # "utf-8-sig" drops the mark with which Excel begins its files.
     try:
         text = file.read_text(encoding="utf-8-sig")
-        first = text.partition("\n")[0]
-        delimiter = max(",;\t", key=first.count)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 csv ({error})") from None
-    rows, began = [], 1  # a stray quote is noticed at the end of the file
+
+    # Excel separates columns by semicolons where the decimal point is a comma.
+    first_line = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first_line.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+
+    # A stray quote is noticed at the end of the file, so the row in which it stands is remembered.
+    rows = []
+    start = 1
     try:
-        header = [name.strip() for name in next(reader, [])]
+        header = _without_blanks(next(reader, []))
+        start = reader.line_num + 1
         for cells in reader:
-            rows.append((f"{file}, row {reader.line_num}", [cell.strip() for cell in cells]))
-            began = reader.line_num + 1
+            rows.append((f"{file}, row {reader.line_num}", _without_blanks(cells)))
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f'{file}, row {began}: {error}; a quote (") too many?') from None
-    for what, wrong in (("no", 0), ("two of", 2)):
-        names = [name for name in required if header.count(name) == wrong]
-        if names:
-            raise InputError(f"{file}: {what} column {', '.join(names)}; header {first[:200]!r}")
-    if not any(any(cells) for _, cells in rows):
+        raise InputError(f'{file}, row {start}: {error}; a quote (") too many?') from None
+
+    _check_header(file, header, required, first_line)
+
+    # A row may end before its last columns; what is missing there is empty.
+    missing_cells = [""] * len(header)
+    named_rows = []
+    for where, cells in rows:
+        if any(cells):
+            named_rows.append((where, dict(zip(header, cells + missing_cells, strict=False))))
+    if not named_rows:
         raise InputError(f"{file}: no rows under its header; expected one per photograph")
-    pad = [""] * len(header)
-    return [(w, dict(zip(header, cells + pad, strict=False))) for w, cells in rows if any(cells)]
+    return named_rows
+
+
+def _without_blanks(cells: Sequence[str]) -> list[str]:
+    """Return texts without the blanks at their ends."""
+    return [cell.strip() for cell in cells]
+
+
+def _check_header(
+    file: Path, header: Sequence[str], required: Sequence[str], first_line: str
+) -> None:
+    """Raise InputError where a required column is not there, or there more than once."""
+    missing = [name for name in required if name not in header]
+    if missing:
+        raise InputError(f"{file}: no column {', '.join(missing)}; header {first_line[:200]!r}")
+    for name in required:
+        if header.count(name) > 1:
+            raise InputError(
+                f"{file}: more than one column {name}; header {first_line[:200]!r}; keep one"
+            )
 
 
 def read_header(file: Path) -> list[str]:
-    """The columns that a table's first line names."""
+    """Return the columns that a table's first line names."""
     with file.open(encoding="utf-8-sig", errors="replace") as lines:
-        return [name.strip() for name in re.split("[,;\t]", lines.readline().strip()) if name]
+        first_line = lines.readline().strip()
+    return [name.strip() for name in re.split("[,;\t]", first_line) if name]
+
+
+def parse_grade(where: str, text: str) -> int | None:
+    """Return the grade that a table's cell says, None for an empty one.
+
+    Spreadsheets write whole numbers as 2.0, which is taken too; InputError for all else.
+    """
+    if not text:
+        return None
+    if not re.fullmatch(rf"[0-{GRADES - 1}](\.0*)?", text):
+        raise InputError(f"{where}: grade is {text!r}; expected 0, 1, 2, 3 or 4, or nothing")
+    return int(text[0])
+
+
+# -------------------------------------------------------------------------------------------- paths
 
 
 def check_path(where: str, text: str) -> None:
     """Raise InputError, naming `where`, for a path that is none or may lead out of its folder."""
-    path = PureWindowsPath(text)  # it knows every way out of a folder
+    # A path of Windows knows every way out of a folder: / and \, "..", C: and \\server.
+    path = PureWindowsPath(text)
     if not path.parts or path.anchor or ".." in path.parts or "\0" in text:
         raise InputError(f"{where}: path is {text!r}; expected one inside the csv's folder")
 
 
-def _parse_row(where: str, row: dict[str, str]) -> Record:
-    check_path(where, row["path"])
-    split, eye = SPLITS.get(row["split"].lower()), row["eye"].lower()
-    sizes = [row.get(name, "") for name in ("width", "height")]
-    for name, value, good, expected in (
-        ("grade", row["grade"], re.fullmatch(GRADE, row["grade"]), "0, 1, 2, 3, 4, or nothing"),
-        ("patient", row["patient"], row["patient"], "a name (unknown: one for each photograph)"),
-        ("eye", row["eye"], eye in ("", "left", "right"), "left, right or nothing"),
-        ("split", row["split"], split, "train, val or test"),
-        ("width, height", sizes, re.fullmatch("[0-9]*", "".join(sizes)), "whole numbers"),
-    ):
-        if not good:
-            raise InputError(f"{where}: {name} is {value!r}; expected {expected}")
-    name, grade = str(PurePosixPath(row["path"])), int(row["grade"][0]) if row["grade"] else None
-    width, height = (int(size) if size else None for size in sizes)
-    rest = row.get("source", ""), width, height, row.get("sha256", "").lower()
-    return Record(name, grade, row["patient"], eye, split, *rest)
+def check_files(root: Path, places: Mapping[str, str]) -> list[str]:
+    """Return those of the paths below `root` that are no file.
 
-
-def check_files(root: Path, rows: dict[str, str]) -> list[str]:
-    """Return those of the paths that are no file; raise InputError for links out of `root`.
-
-    `rows` says where each path stands. One listing per folder makes it fast.
+    `places` says where each path stands in a table. Raises InputError, naming that place, for a
+    link that leads out of `root`: a manifest from elsewhere must not make us read private files.
     """
+    # Every folder is listed once: asking the disk for each of 88,702 files takes minutes.
     listings: dict[str, dict[str, os.DirEntry]] = {}
-    missing, outside, real_root = [], set(), os.path.realpath(root)
-    for path, where in rows.items():
+    outside: dict[str, bool] = {}
+    missing = []
+    for path, where in places.items():
         folder, _, name = path.rpartition("/")
         if folder not in listings:
-            there = os.path.isdir(root / folder)
-            listings[folder] = {e.name: e for e in os.scandir(root / folder)} if there else {}
-            if not Path(os.path.realpath(root / folder)).is_relative_to(real_root):
-                outside.add(folder)
+            listings[folder] = _list_folder(root / folder)
+            outside[folder] = not _is_inside(root / folder, root)
+
         entry = listings[folder].get(name)
-        linked = entry and entry.is_symlink() and os.path.realpath(root / path)
-        if folder in outside or (linked and not Path(linked).is_relative_to(real_root)):
+        leads_out = outside[folder]
+        if entry is not None and entry.is_symlink():
+            leads_out = leads_out or not _is_inside(root / path, root)
+        if leads_out:
             raise InputError(f"{where}: {path} is a link out of the folder; put the file there")
+
         # A disk that ignores case or composes accents finds what its listing spells otherwise.
-        if not (entry.is_file() if entry else os.path.isfile(root / path)):
+        is_file = entry.is_file() if entry else os.path.isfile(root / path)
+        if not is_file:
             missing.append(path)
     return missing
 
 
+def _list_folder(folder: Path) -> dict[str, os.DirEntry]:
+    """Return what lies in a folder, by name; nothing where there is no such folder."""
+    if not os.path.isdir(folder):
+        return {}
+    return {entry.name: entry for entry in os.scandir(folder)}
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    """Return whether a path, with all links followed, is at or below `root`."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
 def picture_paths(records: Iterable[Record], suffix: str = ".jpg") -> dict[str, str]:
-    """Each photograph's picture: images/<stem><suffix>, with its folders where stems collide."""
-    paths = [PurePosixPath(record.path) for record in records]
-    names = [(path.stem, str(path.with_suffix("")), str(path)) for path in paths]
-    # Some disks ignore case, so 1.jpg and 1.JPG are one.
-    times = Counter(name.casefold() for row in names for name in {*row})
+    """Return where each photograph's prepared picture lies, by the photograph's path.
+
+    It is images/<stem><suffix>, or, where stems collide, images/<folders>/<stem><suffix>, or, where
+    these collide too (1.jpg and 1.png), images/<folders>/<name><suffix>.
+    """
+    candidates: dict[str, tuple[str, str, str]] = {}
+    uses: Counter[str] = Counter()
+    for record in records:
+        path = PurePosixPath(record.path)
+        names = (path.stem, str(path.with_suffix("")), str(path))
+        candidates[str(path)] = names
+        # Some disks ignore case, so 1.jpg and 1.JPG would be one file.
+        uses.update({name.casefold() for name in names})
+
     pictures = {}
-    for row in names:
-        free = [name for name in row if times[name.casefold()] == 1]
-        pictures[row[-1]] = f"images/{(free or row)[0 if free else -1]}{suffix}"
+    for path, names in candidates.items():
+        free = [name for name in names if uses[name.casefold()] == 1]
+        chosen = free[0] if free else path
+        pictures[path] = f"images/{chosen}{suffix}"
     return pictures
 
 
-def check_leaks(records: Iterable[Record], where) -> None:
+def picture_records(
+    records: Iterable[Record], pictures: Mapping[str, str], facts: Mapping[str, Mapping[str, Any]]
+) -> list[Record]:
+    """Return the records of raw photographs as those of their prepared pictures.
+
+    Both mappings are by the photograph's path: `pictures` gives its picture's path, `facts` the
+    photograph's width and height and the picture's sha256.
+    """
+    prepared = []
+    for record in records:
+        known = {name: facts[record.path][name] for name in ("width", "height", "sha256")}
+        prepared.append(replace(record, path=pictures[record.path], source=record.path, **known))
+    return prepared
+
+
+# ----------------------------------------------------------------------------------------- patients
+
+
+def check_leaks(records: Iterable[Record], where: str | os.PathLike) -> None:
+    """Raise InputError, naming `where`, if a patient's photographs are in more than one split."""
     splits = defaultdict(set)
     for record in records:
         splits[record.patient].add(record.split)
-    leaks = [f"{patient} ({', '.join(sorted(s))})" for patient, s in splits.items() if len(s) > 1]
+    leaks = []
+    for patient, names in splits.items():
+        if len(names) > 1:
+            leaks.append(f"{patient} ({', '.join(sorted(names))})")
     if leaks:
-        what = f"{len(leaks)} patients are in more than one split: {some(leaks)}"
-        raise InputError(f"{where}: {what}; keep each in one, or put all into train, to be split")
+        raise InputError(
+            f"{where}: {len(leaks)} patients are in more than one split: {name_examples(leaks)}; "
+            "keep each in one, or put all into train, to be split"
+        )
 
 
-# ----------------------------------------------------------------------- folders as downloaded
-
-
-def some(names: Sequence[str]) -> str:
-    short = (name if len(name) <= 80 else f"{name[:77]}..." for name in names[:5])
-    return ", ".join(short) + ", ..." * (len(names) > 5)
+def name_examples(names: Sequence[str]) -> str:
+    """Return the first five names in one line, long ones shortened, "..." for those left out."""
+    shown = []
+    for name in names[:5]:
+        if len(name) > 80:
+            name = f"{name[:77]}..."
+        shown.append(name)
+    if len(names) > 5:
+        shown.append("...")
+    return ", ".join(shown)

@@ -4,76 +4,190 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fundus.copies import Pair
-from fundus.manifest import Manifest, Record
+from fundus.manifest import GRADES, SPLITS, Manifest, Record
 from utils import log
 
 SHOWN = 20  # lines of a list that the log shows
 
+# In grey levels of 255. In a near-black picture 99 % of the pixels are at or below the first; in a
+# blank one the standard deviation of the middle is below the second.
+NEAR_BLACK = 22
+BLANK = 2
 
-def count_splits(records: Sequence[Record]) -> dict[str, Any]:
-    """Count each split's photographs, patients and grades, beside its majority line; say it."""
+Facts = Mapping[str, Any]  # what prepare_data.py found out about one photograph
+Entry = dict[str, Any]  # of a list of doubts: `text`, and `pictures`, paths in the prepared folder
+
+
+# --------------------------------------------------------------------------------- how bright it is
+
+
+def brightest(picture: np.ndarray) -> int:
+    """Return the grey level (0 to 255) that 99 % of a picture's pixels do not exceed."""
+    sums = picture.sum(axis=2, dtype=np.uint16)
+    pixels_up_to = np.cumsum(np.bincount(sums.ravel()))
+    return int(np.searchsorted(pixels_up_to, 0.99 * sums.size)) // 3
+
+
+def contrast(picture: np.ndarray) -> float:
+    """Return the standard deviation of grey in a picture's middle half, away from the rim."""
+    sums = picture.sum(axis=2, dtype=np.uint16)
+    height = sums.shape[0] // 4
+    width = sums.shape[1] // 4
+    middle = sums[height:-height, width:-width]
+    return round(float(middle.std() / 3), 1)
+
+
+# -------------------------------------------------------------------------------- counts and doubts
+
+
+def build_report(
+    manifest: Manifest, facts: Mapping[str, Facts], copies: Sequence[Pair], size: int
+) -> dict[str, Any]:
+    """Return what data_report.json holds about a prepared folder, and log it.
+
+    `manifest` is that of the prepared folder, `facts` are known by its records' sources.
+    """
+    return {
+        "layout": manifest.layout,
+        "size": size,
+        "notes": manifest.notes,
+        "splits": count_splits(manifest.records),
+        "doubts": list_doubts(manifest, facts, copies),
+    }
+
+
+def count_splits(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Return each split's photographs, patients and grades, beside its majority line, and log it.
+
+    The majority line is the accuracy of always answering train's most frequent grade.
+    """
+    train_grades: Counter[int] = Counter()
+    for record in records:
+        if record.split == "train" and record.grade is not None:
+            train_grades[record.grade] += 1
+
     splits = {}
-    train = Counter(r.grade for r in records if r.split == "train" and r.grade is not None)
-    for split in ("train", "val", "test"):
-        rows = [record for record in records if record.split == split]
-        grades = Counter(record.grade for record in rows)
-        line = {"images": len(rows), "patients": len({record.patient for record in rows})}
-        line |= {"by_grade": [grades[g] for g in range(5)], "without_grade": grades.pop(None, 0)}
-        if train and grades:
-            line["majority"] = round(grades[max(train, key=train.get)] / grades.total(), 4)
-        splits[split] = line
-        log.info("%s: %s", split, ", ".join(f"{name} {value}" for name, value in line.items()))
+    for split in SPLITS:
+        images = 0
+        without_grade = 0
+        by_grade = [0] * GRADES
+        patients = set()
+        for record in records:
+            if record.split == split:
+                images += 1
+                patients.add(record.patient)
+                if record.grade is None:
+                    without_grade += 1
+                else:
+                    by_grade[record.grade] += 1
+
+        counts: dict[str, Any] = {
+            "images": images,
+            "patients": len(patients),
+            "by_grade": by_grade,
+            "without_grade": without_grade,
+        }
+        # A split without grades, or a train without them, has no majority line.
+        if train_grades and sum(by_grade) > 0:
+            most_frequent = max(train_grades, key=train_grades.get)
+            counts["majority"] = round(by_grade[most_frequent] / sum(by_grade), 4)
+        splits[split] = counts
+        log.info("%s: %s", split, ", ".join(f"{name} {value}" for name, value in counts.items()))
     return splits
 
 
 def list_doubts(
-    manifest: Manifest, facts: Mapping[str, dict[str, Any]], copies: Sequence[Pair]
-) -> dict[str, list[dict[str, Any]]]:
-    """Return lists of all that a person should look at, by name, and say how much there is of each.
+    manifest: Manifest, facts: Mapping[str, Facts], copies: Sequence[Pair]
+) -> dict[str, list[Entry]]:
+    """Return lists of all that a person should look at, by name, and log how much there is of each.
 
-    `manifest` is that of the prepared folder, `facts` are known by its records' sources. An entry
-    holds `pictures`, paths in the folder, and `text`. `manifest.lists` are taken over.
+    The arguments are those of `build_report`. What notes count (`manifest.lists`) is taken over.
     """
     by_source = {record.source: record for record in manifest.records}
-    facts_of = {record.path: facts[record.source] for record in manifest.records}
-    tests = {
-        "doubtful_crops": lambda fact: fact["doubtful"],
-        "near_black": lambda fact: fact["brightest"] <= 22,
-        "blank": lambda fact: fact["contrast"] < 2,
-        "truncated": lambda fact: fact["truncated"],
-    }
-    lists: dict[str, list[dict[str, Any]]] = {
-        name: [_entry(path, path) for path, fact in facts_of.items() if is_so(fact)]
-        for name, is_so in tests.items()
-    }
-    kinds = {
-        "copies_of_other_patients": "patient",
-        "copies_in_other_splits": "split",
-        "copies_with_other_grades": "grade",
-    }
-    lists |= {name: [] for name in ("copies", *kinds)}
-    if len({record.patient for record in manifest.records}) == len(manifest.records):
-        kinds.pop("copies_of_other_patients")  # whose they are is not known
-    for one, other, how in ((by_source[a], by_source[b], how) for a, b, how in copies):
-        text = f"{one.path} = {other.path} ({how:.2f})"
-        lists["copies"].append(_entry(text, one.path, other.path))
-        for name, kind in kinds.items():
-            values = getattr(one, kind), getattr(other, kind)
-            if values[0] != values[1]:
-                said = f"{text}: {values[0]}, {values[1]}"
-                lists[name].append(_entry(said, one.path, other.path))
-    bad = {path: fact["error"] for path, fact in facts.items() if "error" in fact}
-    lists["unreadable"] = [_entry(f"{path} {error}") for path, error in bad.items()]
+    lists = _doubtful_pictures(manifest, facts)
+    lists |= _doubtful_copies(by_source, copies)
+    lists["unreadable"] = []
+    for path, fact in facts.items():
+        if "error" in fact:
+            lists["unreadable"].append(_entry(f"{path} {fact['error']}"))
     for name, entries in lists.items():
-        if entries:
-            lines = [entry["text"] for entry in entries[:SHOWN]] + ["..."] * (len(entries) > SHOWN)
-            log.info("\n  ".join([f"{name.replace('_', ' ')}: {len(entries)}", *lines]))
-    for name, texts in manifest.lists.items():  # said already
-        shown = [by_source[text].path if text in by_source else "" for text in texts]
-        lists[name] = [_entry(t, *filter(None, [p])) for t, p in zip(texts, shown, strict=True)]
+        _log_list(name, entries)
+
+    # What the notes count has been logged with them, before the work began.
+    for name, texts in manifest.lists.items():
+        lists[name] = []
+        for text in texts:
+            entry = _entry(text)
+            if text in by_source:
+                entry["pictures"].append(by_source[text].path)
+            lists[name].append(entry)
     return lists
 
 
-def _entry(text: str, *pictures: str) -> dict[str, Any]:
+def _doubtful_pictures(manifest: Manifest, facts: Mapping[str, Facts]) -> dict[str, list[Entry]]:
+    """Return the pictures that may show no gradable fundus, by what is odd about them."""
+    lists = {"doubtful_crops": [], "near_black": [], "blank": [], "truncated": []}
+    for record in manifest.records:
+        fact = facts[record.source]
+        entry = _entry(record.path, record.path)
+        if fact["doubtful"]:
+            lists["doubtful_crops"].append(entry)
+        if fact["brightest"] <= NEAR_BLACK:
+            lists["near_black"].append(entry)
+        if fact["contrast"] < BLANK:
+            lists["blank"].append(entry)
+        if fact["truncated"]:
+            lists["truncated"].append(entry)
+    return lists
+
+
+def _doubtful_copies(
+    by_source: Mapping[str, Record], copies: Sequence[Pair]
+) -> dict[str, list[Entry]]:
+    """Return the pairs of copies, and again those that differ in patient, split or grade."""
+    lists = {
+        "copies": [],
+        "copies_of_other_patients": [],
+        "copies_in_other_splits": [],
+        "copies_with_other_grades": [],
+    }
+    # Where each photograph is its own patient, it is not known whose they are.
+    patients = {record.patient for record in by_source.values()}
+    knows_patients = len(patients) < len(by_source)
+
+    for source, other_source, cosine in copies:
+        one = by_source[source]
+        other = by_source[other_source]
+        text = f"{one.path} = {other.path} ({cosine:.2f})"
+        lists["copies"].append(_entry(text, one.path, other.path))
+
+        if knows_patients and one.patient != other.patient:
+            entry = _entry(f"{text}: {one.patient}, {other.patient}", one.path, other.path)
+            lists["copies_of_other_patients"].append(entry)
+        if one.split != other.split:
+            entry = _entry(f"{text}: {one.split}, {other.split}", one.path, other.path)
+            lists["copies_in_other_splits"].append(entry)
+        if one.grade != other.grade:
+            entry = _entry(f"{text}: {one.grade}, {other.grade}", one.path, other.path)
+            lists["copies_with_other_grades"].append(entry)
+    return lists
+
+
+def _log_list(name: str, entries: Sequence[Entry]) -> None:
+    """Log how long a list is, and its first lines; nothing for an empty one."""
+    if not entries:
+        return
+    lines = [f"{name.replace('_', ' ')}: {len(entries)}"]
+    for entry in entries[:SHOWN]:
+        lines.append(entry["text"])
+    if len(entries) > SHOWN:
+        lines.append("...")
+    log.info("\n  ".join(lines))
+
+
+def _entry(text: str, *pictures: str) -> Entry:
+    """Return one entry of a list of doubts."""
     return {"text": text, "pictures": list(pictures)}

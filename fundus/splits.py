@@ -1,50 +1,63 @@
-"""Splits to trust: by patient, copies of a photograph kept together, all that is doubtful listed.
+"""Splits by patient: completed where a data set has none, and folds for cross-validation.
 
-Copies are told by what the retina shows, not by bytes: mirrors compress, resize and brighten files.
+A patient's photographs are alike, so a patient in two splits makes every number too good. Copies of
+a photograph under other patients' names are kept together as well.
 """
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fundus.manifest import Manifest, Record, check_leaks
 from utils import InputError
 
-# ----------------------------------------------------------------------------------------- copies
+# Of all patients, where a data set has neither test nor val; of train's, where it has no val.
+TEST_SHARE = 0.2
+VAL_SHARE = 0.1
+
+# Takes the place of a grade, below all of them.
+NOT_GRADED = -1
 
 
-# ----------------------------------------------------------------------------------------- splits
 def complete_splits(manifest: Manifest, linked: Iterable[tuple[str, str]] = ()) -> Manifest:
-    """Return the manifest with a test and a val split; notes tell those that had to be made."""
-    before = Counter(record.split for record in manifest.records)
+    """Return the manifest with a test and a val split; its notes tell those that had to be made.
+
+    `linked` are pairs of paths which show one picture, as in `split_patients`.
+    """
     records = tuple(split_patients(manifest.records, linked=linked))
-    after = Counter(record.split for record in records)
-    origin, notes = "val" if before["val"] else "20 % of the patients", list(manifest.notes)
-    for split, how in (("test", origin), ("val", "10 % of train's patients")):
+    before = _count_splits(manifest.records)
+    after = _count_splits(records)
+    origins = {"test": "20 % of the patients", "val": "10 % of train's patients"}
+    if before["val"]:
+        origins["test"] = "val"
+    notes = list(manifest.notes)
+    for split, origin in origins.items():
         if after[split] != before[split]:
-            notes.append(f"{split} is made from {how}: {after[split]} photographs")
+            notes.append(f"{split} is made from {origin}: {after[split]} photographs")
     return replace(manifest, records=records, notes=tuple(notes))
 
 
 def split_patients(
     records: Sequence[Record], *, seed: int = 0, linked: Iterable[tuple[str, str]] = ()
 ) -> list[Record]:
-    """Complete the splits, always by patient, in strata of the patient's worse eye (or no grade).
+    """Return the records with complete splits, always by patient, in strata of the worse eye.
 
-    Without test, val becomes test, or else 20 % of the patients do; without val, 10 % of train's
-    patients become val. `linked` are pairs of paths, of one picture: their patients stay together.
-    Raises InputError if a patient is in two splits already.
+    Without test, val becomes test, or else 20 % of the patients do. Without val, 10 % of train's
+    patients become val. `linked` are pairs of paths which show one picture: their patients stay
+    together. Raises InputError if a patient is in two splits already.
     """
     check_leaks(records, "splits")
-    present = {record.split for record in records}
-    groups = _groups(records, linked)
+    present = _count_splits(records)
+    groups = _group_patients(records, linked)
     if "test" not in present and "val" in present:
-        records = [replace(r, split="test") if r.split == "val" else r for r in records]
+        records = _rename_split(records, "val", "test")
     elif "test" not in present:
-        records = _cut(records, groups, "test", 0.2, seed)
-    if not {"val", "test"} <= present:
-        records = _cut(records, groups, "val", 0.1, seed)
+        records = _cut(records, groups, "test", TEST_SHARE, seed)
+
+    # A val that has just become test is missing as well.
+    if "val" not in present or "test" not in present:
+        records = _cut(records, groups, "val", VAL_SHARE, seed)
     return list(records)
 
 
@@ -53,63 +66,108 @@ def fold_splits(
 ) -> list[list[Record]]:
     """Return the records once for each fold, which is their test; of the others 10 % become val.
 
-    Every group of patients is in the test of one fold; strata and `linked` as in `split_patients`.
-    Raises InputError for fewer than 2 folds or fewer groups than folds.
+    Every patient is in the test of one fold. Strata and `linked` are those of `split_patients`.
+    Raises InputError for fewer than 2 folds, and for fewer patients (linked ones count as one) than
+    folds.
     """
-    records = [replace(r, split="train") for r in records]
-    groups = _groups(records, linked)
-    order = [group for stratum in _strata(records, groups, 0) for group in stratum]
+    records = [replace(record, split="train") for record in records]
+    groups = _group_patients(records, linked)
+    order = []
+    for stratum in _strata(records, groups, seed=0):
+        order += stratum
     if not 2 <= folds <= len(order):
         raise InputError(f"--folds {folds}: expected 2 to {len(order)}, the number of patients")
+
     made = []
     for fold in range(folds):
-        held = set(order[fold::folds])  # dealt out stratum by stratum
-        split = [replace(r, split="test") if groups[r.patient] in held else r for r in records]
-        made.append(_cut(split, groups, "val", 0.1, 0))
+        # Dealt out like cards, stratum after stratum, each fold has the same share of each.
+        tested = set(order[fold::folds])
+        split = _move(records, groups, tested, "test")
+        made.append(_cut(split, groups, "val", VAL_SHARE, seed=0))
     return made
 
 
-def _groups(records: Sequence[Record], linked: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The group of each patient, named after its first: patients whom pairs of paths link."""
-    patient = {record.path: record.patient for record in records}
-    group = {record.patient: record.patient for record in records}
+def _count_splits(records: Iterable[Record]) -> Counter[str]:
+    """Return how many photographs each split has."""
+    return Counter(record.split for record in records)
 
-    def top(name: str) -> str:
-        while group[name] != name:
-            name = group[name]
-        return name
+
+def _group_patients(records: Sequence[Record], linked: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the group of each patient, named after its first: those whom pairs of paths link."""
+    # A forest: each patient points at an earlier one of the group, the group's first at itself.
+    parent: dict[str, str] = {}
+    patient_of: dict[str, str] = {}
+    for record in records:
+        parent[record.patient] = record.patient
+        patient_of[record.path] = record.patient
+
+    def first_of_group(patient: str) -> str:
+        while parent[patient] != patient:
+            patient = parent[patient]
+        return patient
 
     for one, other in linked:
-        first, second = sorted((top(patient[one]), top(patient[other])))
-        group[second] = first
-    return {name: top(name) for name in group}
+        tops = (first_of_group(patient_of[one]), first_of_group(patient_of[other]))
+        parent[max(tops)] = min(tops)
+    return {patient: first_of_group(patient) for patient in parent}
 
 
-def _strata(records: Iterable[Record], groups: dict[str, str], seed: int) -> list[list[str]]:
-    """Train's groups in a random order of `seed`, by the worst grade in each (or none)."""
-    worse: dict[str, int] = {}
+def _strata(records: Iterable[Record], groups: Mapping[str, str], seed: int) -> list[list[str]]:
+    """Return train's groups in strata of the worst grade, each in a random order of `seed`."""
+    worst: dict[str, int] = {}
     for record in records:
         if record.split == "train":
-            grade, group = -1 if record.grade is None else record.grade, groups[record.patient]
-            worse[group] = max(grade, worse.get(group, -1))
-    strata = defaultdict(list)
+            grade = NOT_GRADED if record.grade is None else record.grade
+            group = groups[record.patient]
+            worst[group] = max(grade, worst.get(group, NOT_GRADED))
+
     # By hash, not by random numbers: any version of anything takes the same patients.
-    for group in sorted(worse, key=lambda g: hashlib.sha256(f"{seed} {g}".encode()).digest()):
-        strata[worse[group]].append(group)
+    def place(group: str) -> bytes:
+        return hashlib.sha256(f"{seed} {group}".encode()).digest()
+
+    strata = defaultdict(list)
+    for group in sorted(worst, key=place):
+        strata[worst[group]].append(group)
     return [strata[grade] for grade in sorted(strata)]
 
 
 def _cut(
-    records: Sequence[Record], groups: dict[str, str], name: str, share: float, seed: int
+    records: Sequence[Record], groups: Mapping[str, str], split: str, share: float, seed: int
 ) -> list[Record]:
-    """Move `share` of train's groups to the split `name`, the same share of each stratum."""
-    strata = _strata(records, groups, seed)
+    """Return the records with `share` of train's groups, and of each stratum, moved to `split`."""
     # All strata evenly interleaved: any beginning of this order has the same share of each.
-    order = sorted(((i + 0.5) / len(s), s[i]) for s in strata for i in range(len(s)))
-    number = max(1, round(share * len(order))) if len(order) > 1 else 0
-    moved = {group for _, group in order[:number]}
-    inside = (r.split == "train" and groups[r.patient] in moved for r in records)
-    return [replace(r, split=name) if i else r for r, i in zip(records, inside, strict=True)]
+    places = []
+    for stratum in _strata(records, groups, seed):
+        for number, group in enumerate(stratum):
+            places.append(((number + 0.5) / len(stratum), group))
+
+    # One group at least, unless it is the only one: train must not be empty.
+    count = 0
+    if len(places) > 1:
+        count = max(1, round(share * len(places)))
+    moved = set()
+    for _, group in sorted(places)[:count]:
+        moved.add(group)
+    return _move(records, groups, moved, split)
 
 
-# ----------------------------------------------------------------------------- counts and doubts
+def _move(
+    records: Iterable[Record], groups: Mapping[str, str], moved: set[str], split: str
+) -> list[Record]:
+    """Return the records with those of train that belong to the groups `moved` in `split`."""
+    result = []
+    for record in records:
+        if record.split == "train" and groups[record.patient] in moved:
+            record = replace(record, split=split)
+        result.append(record)
+    return result
+
+
+def _rename_split(records: Iterable[Record], old: str, new: str) -> list[Record]:
+    """Return the records with a split under another name."""
+    result = []
+    for record in records:
+        if record.split == old:
+            record = replace(record, split=new)
+        result.append(record)
+    return result

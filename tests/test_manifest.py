@@ -1,4 +1,4 @@
-"""manifest.csv in and out, its faults, and how patients are split.
+"""manifest.py: manifest.csv in and out, its faults, and what its paths become.
 
 Run with `python -m pytest tests/test_manifest.py`.
 """
@@ -11,11 +11,15 @@ import pytest
 from helpers import touch
 
 from fundus.layouts import open_data
-from fundus.listing import stem_of
-from fundus.manifest import Manifest, Record, picture_paths, read_manifest, write_manifest
+from fundus.manifest import (
+    Manifest,
+    Record,
+    picture_paths,
+    picture_records,
+    read_manifest,
+    write_manifest,
+)
 from utils import InputError
-
-# ---------------------------------------------------------------------------------------- manifest
 
 ROWS = [
     Record(
@@ -85,7 +89,7 @@ def test_manifest_by_hand(tmp_path):
 @pytest.mark.parametrize(
     "row, fault",
     [
-        ("a.jpg,5,p,,train", "grade is '5'; expected 0, 1, 2, 3, 4"),
+        ("a.jpg,5,p,,train", "grade is '5'; expected 0, 1, 2, 3 or 4"),
         ("a.jpg,2.5,p,,train", "grade is '2.5'"),
         ("a.jpg,nan,p,,train", "grade is 'nan'"),
         ("a.jpg,-0,p,,train", "grade is '-0'"),
@@ -94,6 +98,8 @@ def test_manifest_by_hand(tmp_path):
         ("a.jpg,1,p,both,train", "eye is 'both'"),
         ("a.jpg,1,p,,dev", "split is 'dev'; expected train, val or test"),
         ("a.jpg,1,p", "split is ''"),
+        ("a.jpg,1,p,,train,,1e3", "width is '1e3'; expected a whole number"),
+        ("a.jpg,1,p,,train,,,-5", "height is '-5'; expected a whole number"),
         (",1,p,,train", "path is ''"),
         ("/etc/passwd,1,p,,train", "path is '/etc/passwd'"),
         ("../a.jpg,1,p,,train", "path is"),
@@ -111,7 +117,8 @@ def test_manifest_by_hand(tmp_path):
 )
 def test_every_fault_names_the_file_and_row(tmp_path, row, fault):
     (tmp_path / "folder.jpg").mkdir()
-    write_csv(tmp_path, "b.jpg,0,q,,train", row)
+    header = "path,grade,patient,eye,split,source,width,height"
+    write_csv(tmp_path, "b.jpg,0,q,,train", row, header=header)
     with pytest.raises(InputError, match=rf"manifest\.csv, row 3: {fault}".replace("\\a", ".a")):
         read_manifest(tmp_path)
 
@@ -171,63 +178,53 @@ def test_all_of_50_planted_leaks_are_counted(tmp_path):
     write_manifest(tmp_path, records)
     with pytest.raises(InputError, match="50 patients are in more than one split") as caught:
         read_manifest(tmp_path)
-    told = re.findall(r"(p[0-9]+) \(test, train\)", str(caught.value))
-    assert len(told) == 5 and all(int(name[1:]) % 6 == 0 for name in told)
+    named = re.findall(r"p([0-9]+) \(test, train\)", str(caught.value))
+    assert len(named) == 5
+    assert all(int(number) % 6 == 0 for number in named)
     assert "keep each in one, or put all into train" in str(caught.value)
 
 
-def test_pictures_never_share_a_file():
-    class Row:
-        def __init__(self, path):
-            self.path = path
+def pictures_of(*paths):
+    return picture_paths([Record(path, 0, path, "", "train") for path in paths])
 
-    paths = [
-        "train/0/1.png",
-        "test/0/1.png",
-        "train/1/1.PNG",
-        "a/x.jpg",
-        "a/X.png",
-        "a/x.tif",
-        "y.jpg",
-    ]
-    pictures = picture_paths(tuple(map(Row, paths)))
+
+def test_pictures_never_share_a_file():
+    paths = ("train/0/1.png", "test/0/1.png", "train/1/1.PNG", "a/x.jpg", "a/X.png", "a/x.tif")
+    pictures = pictures_of(*paths, "y.jpg")
     assert pictures["y.jpg"] == "images/y.jpg"
     assert pictures["train/0/1.png"] == "images/train/0/1.jpg"
     assert pictures["test/0/1.png"] == "images/test/0/1.jpg"
+    assert len({picture.casefold() for picture in pictures.values()}) == len(paths) + 1
+
+
+def test_pictures_whose_names_meet_in_other_ways_share_no_file():
+    paths = ("1.jpg", "1.png", "sub/1.jpg.jpeg", "sub/1.png", "2.jpg", "sub/2.jpg.png")
+    pictures = pictures_of(*paths)
     assert len({picture.casefold() for picture in pictures.values()}) == len(paths)
 
 
-def test_pictures_whose_names_meet_in_other_ways_share_no_file(tmp_path):
-    paths = ["1.jpg", "1.png", "sub/1.jpg.jpeg", "sub/1.png", "2.jpg", "sub/2.jpg.png"]
-    pictures = picture_paths([Record(path, 0, path, "", "train") for path in paths])
-    assert len({picture.casefold() for picture in pictures.values()}) == len(paths)
+def test_records_of_pictures_keep_what_is_known_of_the_photograph():
+    raw = Record("train/1_left.jpeg", 3, "1", "left", "val")
+    facts = {raw.path: {"width": 300, "height": 200, "sha256": "ab", "truncated": False}}
+    (record,) = picture_records([raw], {raw.path: "images/1_left.jpg"}, facts)
+    expected = Record(
+        "images/1_left.jpg", 3, "1", "left", "val", "train/1_left.jpeg", 300, 200, "ab"
+    )
+    assert record == expected
 
 
-def test_stem_of():
-    names = {
-        "a/b/10_LEFT.jpeg": "10_left",
-        "C:\\x\\10_left.PNG": "10_left",
-        "IM004832": "im004832",
-        "20051020_43808_0100_PP.png": "20051020_43808_0100_pp",
-        "scan.v2": "scan.v2",  # no suffix of a photograph
-        "x.jpg.jpeg": "x.jpg",
-    }
-    assert {name: stem_of(name) for name in names} == names
-
-
-def test_a_stray_quote_names_its_row(tmp_path):
-    make_manifest(tmp_path)
-    lines = (tmp_path / "manifest.csv").read_text().splitlines()
-    more = [f"images/{i}.jpg,0,{i},,train,,,," for i in range(50)]
-    more[7] = '"' + more[7]
-    (tmp_path / "manifest.csv").write_text("\n".join([lines[0], *more]))
-    with pytest.raises(InputError, match=r"manifest\.csv, row 9: .*quote"):
+@pytest.mark.parametrize("row", [2, 9])
+def test_a_stray_quote_names_its_row(tmp_path, row):
+    rows = [f"{number}.jpg,0,{number},,train" for number in range(50)]
+    rows[row - 2] = '"' + rows[row - 2]  # rows are counted from 1, the first is the header
+    write_csv(tmp_path, *rows)
+    with pytest.raises(InputError, match=rf"manifest\.csv, row {row}: .*quote"):
         read_manifest(tmp_path)
 
 
 def test_a_column_named_twice_is_refused(tmp_path):
     (tmp_path / "manifest.csv").write_text("path,grade,grade,patient,eye,split\na,1,2,p,,train\n")
-    with pytest.raises(InputError, match="two of column grade"):
+    with pytest.raises(InputError, match="more than one column grade"):
         read_manifest(tmp_path)
 
 

@@ -1,0 +1,222 @@
+"""Forms in which photographs lie that belong to no data set: class folders, any folder, any csv.
+
+Each function reads a folder for the registry in adapters.py.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from fundus.listing import (
+    Found,
+    Labelled,
+    TableRow,
+    grade_of_name,
+    lone_records,
+    named_records,
+    stem_of,
+)
+from fundus.manifest import SPLIT_WORDS, Record, check_files, check_path, name_examples, read_csv
+from utils import InputError
+
+# ------------------------------------------------------------------------------------ class folders
+
+
+def read_class_folders(found: Found) -> list[Record] | None:
+    """Return the photographs of class folders, below `train/ test/ [val/]` or alone.
+
+    None where no folder names a grade; InputError where only some of them do.
+    """
+    split_of, class_of = _split_and_class(found.photographs)
+
+    # What the user says of a name (--grades) counts before what the name itself says.
+    named = {name.casefold(): grade for name, grade in found.reading.grades.items()}
+    grade_of = {}
+    unknown = []
+    for name in sorted(set(class_of.values())):
+        grade_of[name] = named.get(name.casefold(), grade_of_name(name))
+        if grade_of[name] is None:
+            unknown.append(name)
+    if not split_of and len(unknown) == len(grade_of):
+        return None
+
+    # Alphabetical order would give each folder some grade, and wrong ones in silence.
+    if unknown:
+        raise InputError(
+            f"{found.root}: of the class folders {name_examples(list(grade_of))} these name no "
+            f"grade: {name_examples(unknown)}; rename each to 0 (no DR), 1 (mild), 2 (moderate), "
+            "3 (severe) or 4 (proliferative), "
+            f"or say it: prepare_data.py --grades {unknown[0]} 0 ..."
+        )
+
+    outside = sorted(set(found.photographs) - set(class_of))
+    found.add_note("photographs outside the class folders", outside)
+    read_as = ", ".join(f"{name} = {grade}" for name, grade in grade_of.items())
+    found.notes.append(f"folders read as grades: {read_as}")
+    photographs = []
+    for path, name in class_of.items():
+        photographs.append(Labelled(path, grade_of[name], split_of.get(path, "train")))
+    return named_records(photographs)
+
+
+def _split_and_class(paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the split and the class folder of each photograph that is in one, by path."""
+    split_of = {}
+    for path in paths:
+        folders = path.split("/")[:-1]
+        if len(folders) >= 2 and folders[0].lower() in SPLIT_WORDS:
+            split_of[path] = SPLIT_WORDS[folders[0].lower()]
+
+    # With split folders at the top, classes are one level deeper, and all else is left out.
+    class_of = {}
+    for path in paths:
+        folders = path.split("/")[:-1]
+        if path in split_of:
+            class_of[path] = folders[1]
+        elif folders and not split_of:
+            class_of[path] = folders[0]
+    return split_of, class_of
+
+
+# --------------------------------------------------------------------------------------- any folder
+
+
+def read_photographs(found: Found) -> list[Record]:
+    """Return all photographs at any depth, of whose grades nothing is known.
+
+    Raises InputError for the folder above a data set.
+    """
+    data_sets = _data_sets_below(found)
+    if data_sets:
+        raise InputError(f"{found.root}: is one level too high; give {' or '.join(data_sets)}")
+
+    # Grades in a table of another form would be lost in silence.
+    found.add_note("tables are not read; prepare_data.py --path-column would", found.csv_files())
+    if any(name.startswith("samplesubmission") for name in found.tables):
+        found.notes.append("sampleSubmission.csv is not read: its grades are placeholders, all 0")
+    if found.photographs:
+        found.notes.append("no grades are known: enough for training, not for evaluation")
+    photographs = []
+    for path in found.photographs:
+        top = path.split("/")[0].lower()
+        photographs.append(Labelled(path, None, SPLIT_WORDS.get(top, "train")))
+    return named_records(photographs)
+
+
+def _data_sets_below(found: Found) -> list[str]:
+    """Return the folders in the root that look like the data set which the user meant.
+
+    Read from the root, their photographs would lose their grades without an error.
+    """
+    data_sets = set()
+    for entry in os.scandir(found.root):
+        if os.path.isfile(f"{entry.path}/manifest.csv"):
+            data_sets.add(entry.path)
+
+    # NAME/train/2/1.jpg are class folders in splits, NAME/2/1.jpg class folders alone.
+    tops = set()
+    classes = set()
+    all_in_classes = True
+    for path in found.photographs:
+        folders = path.split("/")[:-1]
+        if len(folders) < 2:
+            all_in_classes = False
+            continue
+        top = str(found.root / folders[0])
+        tops.add(top)
+        classes.add(folders[1])
+        if len(folders) >= 3 and folders[1].lower() in SPLIT_WORDS:
+            data_sets.add(top)
+    if any(grade_of_name(name) is None for name in classes):
+        all_in_classes = False
+    if len(classes) > 1 and all_in_classes:
+        data_sets |= tops
+    return sorted(data_sets)
+
+
+# ------------------------------------------------------------------------------------------ any csv
+
+
+def read_csv_file(found: Found) -> list[Record]:
+    """Return the photographs of a csv, as the columns that `found.reading` names say.
+
+    Paths are relative to the csv, or they are names of photographs below it. Raises InputError for
+    a csv or a row that cannot be used.
+    """
+    reading = found.reading
+    file = _choose_csv(found)
+    columns = [reading.path_column]
+    for column in (reading.grade_column, reading.patient_column):
+        if column:
+            columns.append(column)
+    table = read_csv(found.root / file, columns)
+    rows = []
+    for where, row in table:
+        check_path(where, row[reading.path_column])
+        rows.append(TableRow(where, row[reading.path_column], row.get(reading.grade_column, "")))
+
+    # Rows go by path. Where none of the paths is there, as in mirrors, names alone have to do.
+    photographs = set(found.photographs)
+    key = stem_of
+    if any(_path_of(row.name) in photographs for row in rows):
+        key = _path_of
+    labelled = _match_csv(found, file, rows, key)
+    if not reading.patient_column:
+        return named_records(labelled)
+
+    # Two rows may name one photograph, but not two patients for it.
+    patient_of: dict[str, str] = {}
+    for where, row in table:
+        name = key(row[reading.path_column])
+        patient = row[reading.patient_column]
+        if patient_of.setdefault(name, patient) != patient:
+            raise InputError(f"{where}: {name} has patient {patient_of[name]} further up; keep one")
+    records = []
+    for record in lone_records(labelled):
+        patient = patient_of[key(record.path)] or record.patient
+        records.append(replace(record, patient=patient))
+    return records
+
+
+def _match_csv(
+    found: Found, file: str, rows: Sequence[TableRow], key: Callable[[str], str]
+) -> list[Labelled]:
+    """Return the photographs that the rows grade; InputError for links out of the folder."""
+    places = {}
+    for row in rows:
+        places[key(row.name)] = row.where
+    candidates = []
+    place_of = {}
+    for path in found.photographs:
+        if key(path) in places:
+            place_of[path] = places[key(path)]
+        # A csv of paths may be about a part of the folder. By names alone, photographs of other
+        # folders could be meant as well, so all of them have to be told apart.
+        if key(path) in places or key is stem_of:
+            candidates.append(path)
+    check_files(found.root, place_of)
+    return found.match(candidates, file, "train", rows, key=key)
+
+
+def _choose_csv(found: Found) -> str:
+    """Return the csv that the user named, or else the only one there is, relative to the root."""
+    files = found.csv_files()
+    if found.csv_name in os.listdir(found.root):
+        files = [found.csv_name]
+    if len(files) != 1:
+        there = name_examples(files) or "no csv"
+        raise InputError(f"{found.root}: holds {there}; name one as --source")
+
+    # Kaggle's sampleSubmission.csv has the columns of a table of grades, all of them 0.
+    name = PurePosixPath(files[0]).name.lower().replace("_", "")
+    if name.startswith("samplesubmission"):
+        raise InputError(f"{found.root / files[0]}: its grades are placeholders; name the real csv")
+    if not found.reading.path_column:
+        raise InputError(f"{found.root / files[0]}: name the column of paths with --path-column")
+    return files[0]
+
+
+def _path_of(text: str) -> str:
+    """Return a path as listings spell it: ./a//b.jpg is a/b.jpg."""
+    return str(PurePosixPath(text))

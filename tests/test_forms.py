@@ -1,0 +1,253 @@
+"""forms.py: class folders, any folder of photographs, any csv. Run: pytest tests/test_forms.py"""
+
+import os
+from collections import Counter
+
+import pytest
+from helpers import by_path, touch
+
+from fundus.layouts import open_data
+from fundus.listing import Reading
+from fundus.manifest import Record, write_manifest
+from utils import InputError
+
+# ------------------------------------------------------------------------------------ class folders
+
+
+def class_tree(root, splits, names, count=4):
+    for split in splits:
+        for grade, name in enumerate(names):
+            touch(root, *(f"{split}/{name}/{split}{grade}{i}.png" for i in range(count)))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["0", "1", "2", "3", "4"],
+        ["No_DR", "Mild", "Moderate", "Severe", "Proliferate_DR"],
+        ["no dr", "mild dr", "moderate-dr", "SEVERE_DR", "pdr"],
+        ["NoDR", "Mild NPDR", "Moderate NPDR", "Severe_NPDR", "PDR"],
+        ["0 - No DR", "1 - Mild", "2 - Moderate", "3 - Severe", "4 - Proliferative DR"],
+        ["grade_0", "grade_1", "grade_2", "grade_3", "grade_4"],
+        [
+            "No apparent retinopathy",
+            "Mild non-proliferative diabetic retinopathy",
+            "Moderate non-proliferative diabetic retinopathy",
+            "Severe non-proliferative diabetic retinopathy",
+            "Proliferative diabetic retinopathy",
+        ],
+    ],
+    ids=lambda names: names[4],
+)
+def test_class_folders(tmp_path, names):
+    class_tree(tmp_path, ["train", "val", "test"], names)
+    manifest = open_data(tmp_path)
+    assert (manifest.layout, manifest.prepared) == ("class_folders", False)
+    assert Counter((r.split, r.grade) for r in manifest.records) == {
+        (split, grade): 4 for split in ("train", "val", "test") for grade in range(5)
+    }
+    for record in manifest.records:
+        assert record.grade == names.index(record.path.split("/")[1])
+    assert any(f"{names[2]} = 2" in note for note in manifest.notes)
+
+
+def test_class_folders_with_other_names_of_splits(tmp_path):
+    class_tree(tmp_path, ["Training", "validation", "Testing"], "01234")
+    counts = Counter(record.split for record in open_data(tmp_path).records)
+    assert counts == {"train": 20, "val": 20, "test": 20}
+
+
+def test_class_folders_with_val_but_no_test(tmp_path):
+    class_tree(tmp_path, ["train", "valid"], "01234", count=10)
+    manifest = open_data(tmp_path)
+    for record in manifest.records:
+        assert (record.split == "test") == record.path.startswith("valid/")
+    assert len(manifest.split("val")) == 5
+    assert any("test is made from val" in note for note in manifest.notes)
+
+
+def test_class_folders_without_splits(tmp_path):
+    for grade in range(5):
+        touch(tmp_path, *(f"{grade}/{grade}{i}.png" for i in range(20)))
+    manifest = open_data(tmp_path)
+    assert manifest.layout == "class_folders"
+    assert Counter(record.grade for record in manifest.split("test")) == dict.fromkeys(range(5), 4)
+    assert len(manifest.split("val")) == 8
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a", "b"],
+        ["1", "2", "3", "4", "5"],
+        ["No_DR", "DR"],
+        ["0", "1", "2", "3", "4", "ungradable"],
+        ["2 - mild", "0", "1"],
+        ["normal", "npdr"],
+        ["mild", "very severe"],
+    ],
+    ids=str,
+)
+def test_class_folders_with_other_names_are_refused_with_a_map(tmp_path, names):
+    class_tree(tmp_path, ["train", "test"], names)
+    with pytest.raises(InputError, match=r"name no grade.*rename.*0 \(no DR\), 1 \(mild\)"):
+        open_data(tmp_path)
+
+
+def test_class_folders_leave_other_photographs_out_and_say_so(tmp_path):
+    class_tree(tmp_path, ["train", "test"], "01234")
+    touch(tmp_path, "cover.png", "train/odd.png", "docs/figures/1.png")
+    manifest = open_data(tmp_path)
+    assert len(manifest.records) == 40
+    assert any(note.startswith("3 photographs outside") for note in manifest.notes)
+
+
+def test_class_folders_with_eyepacs_names_know_patients_and_refuse_leaks(tmp_path):
+    touch(tmp_path, "train/0/10_left.jpeg", "train/2/10_right.jpeg", "test/0/11_left.jpeg")
+    record = by_path(open_data(tmp_path))["train/2/10_right.jpeg"]
+    assert (record.patient, record.eye, record.grade) == ("10", "right", 2)
+    touch(tmp_path, "test/1/10_left.png")
+    with pytest.raises(InputError, match=r"10 \(test, train\)"):
+        open_data(tmp_path)
+
+
+def test_class_folders_by_a_map(tmp_path):
+    touch(tmp_path, "train/healthy/a.png", "train/sick/b.png", "test/healthy/c.png")
+    with pytest.raises(InputError, match="--grades healthy 0"):
+        open_data(tmp_path)
+    manifest = open_data(tmp_path, reading=Reading(grades={"healthy": 0, "Sick": 2}))
+    assert {r.path: r.grade for r in manifest.records} == {
+        "train/healthy/a.png": 0,
+        "train/sick/b.png": 2,
+        "test/healthy/c.png": 0,
+    }
+
+
+def test_class_folders_one_level_deeper_are_told(tmp_path):
+    touch(tmp_path, *(f"data/{grade}/{i}.png" for grade in range(5) for i in range(2)))
+    with pytest.raises(InputError, match=f"one level too high; give {tmp_path}/data"):
+        open_data(tmp_path)
+
+
+# --------------------------------------------------------------------------------------- any folder
+
+
+def test_flat_and_nested_photographs(tmp_path):
+    touch(tmp_path, *(f"{n}_left.JPG" for n in range(10)), "more/deep/x.webp", "more/notes.txt")
+    touch(tmp_path, ".hidden/y.png", "__MACOSX/z.png")
+    manifest = open_data(tmp_path)
+    assert manifest.layout == "photographs" and len(manifest.records) == 11
+    assert {record.grade for record in manifest.records} == {None}
+    assert by_path(manifest)["more/deep/x.webp"].patient == "x"
+    assert any("no grades" in note for note in manifest.notes)
+
+
+def test_photographs_in_split_folders_without_classes_keep_their_split(tmp_path):
+    touch(tmp_path, "train/a.png", "train/b.png", "test/c.png")
+    assert by_path(open_data(tmp_path))["test/c.png"].split == "test"
+
+
+@pytest.mark.parametrize("make", ["class_folders", "manifest"])
+def test_one_level_too_high_names_the_folder(tmp_path, make):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    if make == "class_folders":
+        class_tree(inner, ["train", "test"], "01")
+    else:
+        touch(inner, "a.png")
+        write_manifest(inner, [Record("a.png", 0, "a", "", "train")])
+    with pytest.raises(InputError, match=f"one level too high; give {inner}"):
+        open_data(tmp_path)
+
+
+def test_tables_that_no_layout_takes_are_told(tmp_path):
+    (tmp_path / "labels.csv").write_text("image,level\na,1\nb,2\n")
+    touch(tmp_path, "images/a.png", "images/b.png")
+    notes = open_data(tmp_path).notes
+    assert "1 tables are not read; prepare_data.py --path-column would: labels.csv" in notes
+
+
+# ------------------------------------------------------------------------------------------ any csv
+
+
+def csv_of(root, text, *paths, name="my.csv"):
+    (root / name).write_text(text)
+    touch(root, *paths)
+
+
+def test_any_csv_with_named_columns(tmp_path):
+    rows = ["file,dr,who", "a/1.png,0,ann", "a/2.png,4,ann", "b/1.png,2,bob", "b/2.png,,cid"]
+    (tmp_path / "clinic.csv").write_text("\n".join(rows))
+    touch(tmp_path, "a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png")
+    manifest = open_data(tmp_path, reading=Reading("file", "dr", "who"))
+    found = {(r.path, r.grade, r.patient) for r in manifest.records}
+    assert found == {
+        ("a/1.png", 0, "ann"),
+        ("a/2.png", 4, "ann"),
+        ("b/1.png", 2, "bob"),
+        ("b/2.png", None, "cid"),
+    }
+    (tmp_path / "clinic.csv").write_text("file,dr\n1.jpg,0\n3.jpg,1\n")  # names alone
+    with pytest.raises(InputError, match=r"a/1\.png and b/1\.png have the same name"):
+        open_data(tmp_path, reading=Reading("file", "dr"))
+    (tmp_path / "clinic.csv").write_text("file,dr\na/1.png,0\nb/2.png,1\n")
+    assert open_data(tmp_path / "clinic.csv", reading=Reading("file", "dr")).layout == "csv"
+    for bad in ("/etc/passwd", "../x.png", "C:\\x.png"):
+        (tmp_path / "clinic.csv").write_text(f"file,dr\na/1.png,0\n{bad},1\n")
+        with pytest.raises(InputError, match=r"clinic\.csv, row 3: path is"):
+            open_data(tmp_path, reading=Reading("file", "dr"))
+
+
+def test_csv_rows_go_by_path_and_missing_ones_are_told(tmp_path):
+    """Both folders number alike: nobody gets another one's row because a file is missing."""
+    rows = [f"a/{i}.png,1,ann{i}" for i in range(4)] + [f"./b/{i}.png,2,bob{i}" for i in range(3)]
+    csv_of(tmp_path, "file,dr,who\n" + "\n".join(rows), *(f"a/{i}.png" for i in range(4)))
+    touch(tmp_path, "b/0.png", "b/9.png")
+    manifest = open_data(tmp_path, reading=Reading("file", "dr", "who"))
+    found = {(r.path, r.grade, r.patient) for r in manifest.records}
+    assert found == {(f"a/{i}.png", 1, f"ann{i}") for i in range(4)} | {("b/0.png", 2, "bob0")}
+    assert "2 rows of my.csv without photograph: b/1.png, b/2.png" in manifest.notes
+
+
+def test_csv_with_two_patients_for_one_photograph_is_refused(tmp_path):
+    csv_of(tmp_path, "file,who\na.png,ann\nb.png,bob\na.png,cid\n", "a.png", "b.png")
+    with pytest.raises(InputError, match=r"my\.csv, row 4: a\.png has patient ann further up"):
+        open_data(tmp_path, reading=Reading("file", "", "who"))
+
+
+def test_csv_without_a_patient_in_a_row_and_by_tabs_and_upper_case(tmp_path):
+    csv_of(tmp_path, "file\tdr\twho\na.png\t1\tann\nb.png\t2\t\n", "a.png", "b.png", name="MY.CSV")
+    for path in (tmp_path, tmp_path / "MY.CSV"):
+        records = open_data(path, reading=Reading("file", "dr", "who")).records
+        assert {(r.path, r.grade, r.patient) for r in records} == {
+            ("a.png", 1, "ann"),
+            ("b.png", 2, "b"),
+        }
+
+
+def test_csv_rows_of_links_out_of_the_folder_are_refused(tmp_path):
+    touch(tmp_path / "secret", "s.png")
+    (tmp_path / "data").mkdir()
+    os.symlink(tmp_path / "secret", tmp_path / "data" / "f")
+    csv_of(tmp_path / "data", "file,dr\na.png,0\nf/s.png,1\n", "a.png")
+    with pytest.raises(InputError, match=r"my\.csv, row 3: f/s\.png is a link out"):
+        open_data(tmp_path / "data", reading=Reading("file", "dr"))
+
+
+def test_a_csv_without_its_columns_named_is_refused(tmp_path):
+    csv_of(tmp_path, "file,dr\na.png,0\n", "a.png")
+    with pytest.raises(InputError, match=r"--path-column NAME \(of file, dr\)"):
+        open_data(tmp_path / "my.csv")
+    manifest = open_data(tmp_path)  # the folder: its table is told, and how to have it read
+    assert "1 tables are not read; prepare_data.py --path-column would: my.csv" in manifest.notes
+
+
+def test_sample_submission_beside_photographs_is_told(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "sampleSubmission.csv").write_text("image,level\na,0\nb,0\n")
+    manifest = open_data(tmp_path)
+    assert all(r.grade is None for r in manifest.records)
+    assert any("sampleSubmission.csv is not read" in note for note in manifest.notes)
+    for path in (tmp_path, tmp_path / "sampleSubmission.csv"):
+        with pytest.raises(InputError, match=r"sampleSubmission\.csv: its grades are placeholders"):
+            open_data(path, reading=Reading("image", "level"))
