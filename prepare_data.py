@@ -9,6 +9,7 @@ copies) and DATA/prepare.jsonl, from which the same command goes on where it sto
 
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -18,32 +19,35 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 from PIL import Image
 from tqdm import tqdm
 
 from fundus import copies, photographs, review, splits
+from fundus.adapters import LayoutName, layout_help
 from fundus.layouts import read_data
 from fundus.listing import Reading
-from fundus.manifest import Manifest, Record, picture_paths, write_manifest
-from utils import InputError, Stopped, check_options, log, run_main, write_atomic, write_json
+from fundus.manifest import GRADES, Manifest, picture_paths, picture_records, write_manifest
+from utils import Bounds, InputError, Stopped, check_bounds, log, run_main, write_atomic, write_json
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-Layout = Literal[
-    "auto", "eyepacs", "aptos", "ddr", "messidor2", "idrid", "class_folders", "photographs", "csv"
-]
-BAD_SHARE = 0.01  # of all photographs; from here on the data set itself is in doubt
+# Of all photographs. From here on the data set itself is in doubt, not single files of it.
+BAD_SHARE = 0.01
+
+# What is known of one photograph: a line of prepare.jsonl.
+Facts = dict[str, Any]
 
 
 @dataclass
@@ -54,91 +58,119 @@ class PrepareOptions:
     """Data set as downloaded, class folders, a folder of photographs, or a csv (--path-column)."""
     out: str
     """Folder that receives the prepared pictures and their manifest."""
-    size: int = 512
+    size: Annotated[int, Bounds(32, 4096)] = 512
     """Side of the square pictures, in pixels."""
-    layout: Layout = "auto"
-    """How the data set lies on disk; auto tells by what is there."""
+    # The help text follows from the registry of data sets, so it cannot be a docstring.
+    layout: Annotated[LayoutName, tyro.conf.arg(help=layout_help())] = "auto"
     path_column: str = ""
-    """Of a csv that is no data set's own: the column of paths, relative to the csv, or of names."""
+    """Read a csv of your own: its column of paths, relative to the csv, or of names alone."""
     grade_column: str = ""
-    """Its column of grades."""
+    """Column of grades in the csv that --path-column reads; without it nothing is graded."""
     patient_column: str = ""
-    """Its column of patients; without it, names like <patient>_left tell them, or each is one."""
-    grades: dict[str, int] = field(default_factory=dict)
-    """Grades of class folders by name: --grades healthy 0 mild 1."""
-    folds: int = 0
-    """Write manifest-fold-1.csv and so on too, for cross-validation with this many folds."""
+    """Column of patients in the csv that --path-column reads. Without it names such as 10_left and
+    10_right tell the patient, and any other photograph counts as one of its own."""
+    grades: Annotated[dict[str, int], Bounds(0, GRADES - 1)] = field(default_factory=dict)
+    """Grades of class folders by name, for example --grades healthy 0 mild 1."""
+    folds: Annotated[int, Bounds(0, 1000)] = 0
+    """Also write manifest-fold-1.csv and so on, for cross-validation with this many folds."""
     image_format: Literal["jpeg", "png"] = "jpeg"
-    """Of the pictures: JPEG of quality 95, or PNG, which loses nothing and is 5 times as large."""
+    """File format of the pictures: JPEG of quality 95, or PNG, exact and 5 times as large."""
     graham: bool = False
     """Subtract the local mean, so that lesions stand out (Graham, 2015)."""
     keep_aspect: bool = False
-    """Keep the fundus' own sides, the longer one --size; readers pad it to a square."""
-    workers: int = 0
-    """Processes that prepare side by side (0: one for each core)."""
+    """Leave out the padding: the longer side of a picture is --size, readers pad it to a square."""
+    workers: Annotated[int, Bounds(0, 1024)] = 0
+    """Processes that prepare photographs side by side; 0: one for each core."""
     allow_truncated: bool = False
     """Take cut-off JPEG files too; what is missing of them is grey."""
     debug: bool = False
     """Show the traceback of errors that are otherwise one message."""
 
     def __post_init__(self) -> None:
-        check_options(self, "size", lambda v: 32 <= v <= 4096, "32 to 4096 pixels")
-        check_options(self, "workers", lambda v: v >= 0, "0 (all cores) or more")
-        check_options(self, "folds", lambda v: v == 0 or v > 1, "2 or more, or 0 for none")
-        check_options(self, "grades", lambda v: {*v.values()} <= {*range(5)}, "names and 0 to 4")
-        if (self.grade_column or self.patient_column) and not self.path_column:
-            raise InputError("--path-column: --grade-column and --patient-column want it, too")
+        check_bounds(self)
+        if self.folds == 1:
+            raise InputError("--folds 1: expected 2 or more, or 0 for none")
+        if not self.path_column and (self.grade_column or self.patient_column):
+            raise InputError("--grade-column and --patient-column need --path-column as well")
 
 
-class Task(NamedTuple):
+# ----------------------------------------------------------------------------------- one photograph
+
+
+@dataclass(frozen=True)
+class Task:
     """One photograph to prepare: its path in the data set, both files and how."""
 
     path: str
     source: Path
     target: Path
     size: int
+    _: KW_ONLY
     keep_aspect: bool = False
     graham: bool = False
     image_format: str = "jpeg"
     allow_truncated: bool = False
 
 
-def prepare_photograph(task: Task) -> dict[str, Any]:
+def prepare_photograph(task: Task) -> Facts:
     """Write one picture and return its facts, or its "error" alone. Runs in the workers."""
     try:
         photograph, truncated = _read(task)
     except photographs.PhotographError as error:
         return {"path": task.path, "error": str(error)}
+
+    # Facts are about the picture as photographed: Graham's way hides how bright it was.
     picture = photograph.picture
-    light = sum(np.moveaxis(picture.astype(np.uint16), 2, 0))  # three times the mean
-    darker = np.cumsum(np.bincount(light.ravel()))  # pixels up to each value
-    tone = {"brightest": int(np.searchsorted(darker, 0.99 * light.size)) // 3}
-    h, w = (side // 4 for side in light.shape)  # of the middle, away from the rim:
-    tone["contrast"] = round(float(light[h:-h, w:-w].std() / 3), 1)
-    tone["signature"] = base64.b64encode(copies.coarse(copies.signature(picture))).decode()
     image = photographs.subtract_local_mean(picture) if task.graham else picture
-    # Without chroma subsampling, since microaneurysms are small and red.
-    options = {"quality": 95, "subsampling": 0} if task.image_format == "jpeg" else {}
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, task.image_format, **options)
-    task.target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = task.target.with_name(f".{task.target.name}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, task.target)
-    facts = {"path": task.path, "truncated": truncated}
-    facts |= dict(zip(photographs.Photograph._fields[1:], photograph[1:], strict=True))
-    facts["sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
-    return facts | tone | _stamp(task.source, "source") | _stamp(task.target, "target")
+    data = _encode(image, task.image_format)
+    _write_picture(task.target, data)
+    look = copies.coarse(copies.signature(picture))
+    return {
+        "path": task.path,
+        "truncated": truncated,
+        "box": photograph.box,
+        "doubtful": photograph.doubtful,
+        "width": photograph.width,
+        "height": photograph.height,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "brightest": review.brightest(picture),
+        "contrast": review.contrast(picture),
+        "signature": base64.b64encode(look).decode(),
+        **_stamp(task.source, "source"),
+        **_stamp(task.target, "target"),
+    }
 
 
 def _read(task: Task) -> tuple[photographs.Photograph, bool]:
-    """Read a task's photograph; say whether it is cut off, which `allow_truncated` lets pass."""
+    """Return a task's photograph and whether it is cut off, which `allow_truncated` lets pass."""
+    read = functools.partial(
+        photographs.read_photograph, task.source, task.size, keep_aspect=task.keep_aspect
+    )
     try:
-        return photographs.read_photograph(task.source, task.size, False, task.keep_aspect), False
+        return read(allow_truncated=False), False
     except photographs.PhotographError:
         if not task.allow_truncated:
             raise
-        return photographs.read_photograph(task.source, task.size, True, task.keep_aspect), True
+        return read(allow_truncated=True), True
+
+
+def _encode(image: np.ndarray, image_format: str) -> bytes:
+    """Return a picture, uint8 RGB (H, W, 3), as the bytes of a JPEG or PNG file."""
+    buffer = io.BytesIO()
+    if image_format == "jpeg":
+        # Without chroma subsampling, since microaneurysms are small and red.
+        Image.fromarray(image).save(buffer, "jpeg", quality=95, subsampling=0)
+    else:
+        Image.fromarray(image).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+def _write_picture(target: Path, data: bytes) -> None:
+    """Write a picture whole or not at all, without waiting for the disk as write_atomic does."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, target)
 
 
 def _stamp(path: Path, name: str) -> dict[str, int]:
@@ -150,37 +182,106 @@ def _stamp(path: Path, name: str) -> dict[str, int]:
     return {f"{name}_bytes": status.st_size, f"{name}_ns": status.st_mtime_ns}
 
 
-def prepare_photographs(tasks: list[Task], workers: int) -> Iterator[dict[str, Any]]:
-    """Give the facts of each task as it is finished, in any order."""
+# --------------------------------------------------------------------------------- many photographs
+
+
+def prepare_photographs(tasks: Sequence[Task], workers: int) -> Iterator[Facts]:
+    """Give the facts of each task as it is finished, in any order.
+
+    Raises InputError when the system kills a worker.
+    """
     if workers == 1 or len(tasks) < 2:
         yield from map(prepare_photograph, tasks)
         return
-    waiting, pending = iter(tasks), set()
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has threads can hang
+
+    # Forking a process that has threads can hang, so workers start afresh.
+    spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(tasks)), spawn, initializer=_start_worker)
+    waiting = iter(tasks)
+    pending = set()
     try:
         while True:
+            # A few for each worker are enough to keep it busy, and soon called off.
             for task in itertools.islice(waiting, 4 * workers - len(pending)):
                 pending.add(pool.submit(prepare_photograph, task))
             if not pending:
                 return
             finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
+            for future in finished:
+                yield future.result()
     except BrokenProcessPool:
-        what = "a worker process was killed, most likely for lack of memory"
-        raise InputError(f"{what}: repeat the command with fewer --workers, it goes on") from None
+        raise InputError(
+            "a worker process was killed, most likely for lack of memory: "
+            "repeat the command with fewer --workers, it goes on"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers itself
+    """Make a worker end with the main process, and not by itself on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def follow_parent() -> None:  # even where that was killed
+    # A main process that is killed cannot end its workers; they would wait for tasks for ever.
+    def follow_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
+
+
+# -------------------------------------------------------------------------------------- the journal
+
+
+def open_journal(out: Path, settings: Mapping[str, Any]) -> dict[str, Facts]:
+    """Return the facts of what an earlier run finished in `out`, by photograph.
+
+    DATA/prepare.jsonl begins with the settings, which are the same for all pictures; then comes a
+    line for each picture. It is rewritten here without lines that are damaged or superseded.
+    Raises InputError for a folder of other content, or prepared with other settings.
+    """
+    file = out / "prepare.jsonl"
+    entries = _read_journal(file)
+    earlier = [entry for entry in entries if "size" in entry]
+    if earlier:
+        for name, value in settings.items():
+            if earlier[0].get(name) != value:
+                was = f"{name.replace('_', '-')} = {earlier[0].get(name)}, not {value}"
+                raise InputError(f"--out {out}: was made with {was}; give a new folder")
+    elif (out / "manifest.csv").exists() or (out / "images").exists():
+        raise InputError(f"--out {out}: holds other data; give a new folder")
+
+    finished = {}
+    for entry in entries:
+        if "path" in entry:
+            finished[entry["path"]] = entry
+    lines = [json.dumps(entry) + "\n" for entry in (settings, *finished.values())]
+    write_atomic(file, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+    return finished
+
+
+def _read_journal(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a journal that are whole; none where there is no such file."""
+    if not file.is_file():
+        return []
+    entries = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        # The line at which a run was stopped is cut off; a disk may have damaged others.
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                entries.append(entry)
+    return entries
+
+
+def is_finished(task: Task, entry: Facts) -> bool:
+    """Return whether the journal's `entry` still holds for the photograph and its picture."""
+    files = _stamp(task.source, "source") | _stamp(task.target, "target")
+    is_unchanged = files.items() <= entry.items()
+    return is_unchanged and (task.allow_truncated or not entry["truncated"])
+
+
+# --------------------------------------------------------------------------------------- the folder
 
 
 @contextlib.contextmanager
@@ -203,86 +304,17 @@ def locked(out: Path) -> Iterator[None]:
             raise InputError(f"--out {out}: cannot be written ({error})") from None
 
 
-def open_journal(out: Path, how: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what an earlier run finished in `out`, by photograph.
-
-    Raises InputError for a folder of other content, or prepared with other options than `how`.
-    """
-    file = out / "prepare.jsonl"
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    entries = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):  # the line at which it was stopped, or damage
-            entries.append(json.loads(line))
-    entries = [entry for entry in entries if isinstance(entry, dict)]
-    made = [entry for entry in entries if "size" in entry]
-    if not made and ((out / "manifest.csv").exists() or (out / "images").exists()):
-        raise InputError(f"--out {out}: holds other data; give a new folder")
-    for name, value in how.items() if made else ():
-        if made[0].get(name) != value:
-            was = f"{name.replace('_', '-')} = {made[0].get(name)}, not {value}"
-            raise InputError(f"--out {out}: was made with {was}; give a new folder")
-    done = {entry["path"]: entry for entry in entries if "path" in entry}
-    text = "".join(json.dumps(entry) + "\n" for entry in [how, *done.values()])
-    write_atomic(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return done
-
-
-def is_finished(task: Task, entry: dict[str, Any]) -> bool:
-    """Whether the journal's `entry` still holds for the photograph and its picture."""
-    now = _stamp(task.source, "source") | _stamp(task.target, "target")
-    return now.items() <= entry.items() and (task.allow_truncated or not entry["truncated"])
-
-
-def prepare_folder(
-    manifest: Manifest, pictures: dict[str, str], out: Path, options: PrepareOptions
-) -> dict[str, dict[str, Any]]:
-    """Prepare what is not finished; return the facts of each photograph, by its path.
-
-    Raises InputError when most of what is finished in `out` is of other photographs.
-    """
-    how = {n: getattr(options, n) for n in ("size", "keep_aspect", "graham", "image_format")}
-    facts = open_journal(out, how)
-    tasks = [
-        Task(path, manifest.root / path, out / to, **how, allow_truncated=options.allow_truncated)
-        for path, to in pictures.items()
-    ]
-    again = [task for task in tasks if task.path in facts]
-    ours = sum(_stamp(t.source, "source").items() <= facts[t.path].items() for t in again)
-    if 2 * ours < len(facts):
-        few = f"of {len(facts)} photographs prepared in it, {ours} are those of --source"
-        raise InputError(f"--out {out}: {few}; give a new folder")
-    tasks = [task for task in tasks if not is_finished(task, facts.get(task.path, {}))]
-    done, told = len(pictures) - len(tasks), time.monotonic()
-    workers = options.workers or os.cpu_count() or 1
-    log.info("%d photographs, %d of them finished; %d processes", len(pictures), done, workers)
-    with (
-        contextlib.closing(prepare_photographs(tasks, workers)) as finished,
-        (out / "prepare.jsonl").open("a", encoding="utf-8") as journal,
-        tqdm(total=len(pictures), initial=done, desc="prepare", disable=None) as bar,
-    ):
-        for entry in finished:
-            facts[entry["path"]] = entry
-            if "error" not in entry:
-                journal.write(json.dumps(entry) + "\n")
-                journal.flush()
-            done += 1
-            bar.update()
-            if bar.disable and time.monotonic() - told > 30:
-                told = time.monotonic()
-                log.info("%d of %d photographs", done, len(pictures))
-    return {path: facts[path] for path in pictures}
-
-
 def read_source(options: PrepareOptions) -> Manifest:
-    """Read what is to be prepared and say what it is; raises InputError before any work is done."""
-    columns = options.path_column, options.grade_column, options.patient_column
+    """Return what is to be prepared and log its notes; InputError before any work is done."""
+    columns = (options.path_column, options.grade_column, options.patient_column)
     manifest = read_data(options.source, options.layout, Reading(*columns, options.grades))
-    root, out = manifest.root.resolve(), Path(options.out).expanduser().resolve()
+    root = manifest.root.resolve()
+    out = Path(options.out).expanduser().resolve()
     if manifest.prepared:
         raise InputError(f"--source {root}: is prepared already; give it to training as --data")
     if out.is_relative_to(root) or root.is_relative_to(out):
         raise InputError(f"--out {out}: and --source lie in each other; choose a folder beside it")
+    # Too many folds would else be noticed after hours of work.
     patients = len({record.patient for record in manifest.records})
     if options.folds > patients:
         raise InputError(f"--folds {options.folds}: expected 2 to {patients}, as many as patients")
@@ -291,47 +323,113 @@ def read_source(options: PrepareOptions) -> Manifest:
     return manifest
 
 
+def prepare_folder(
+    manifest: Manifest, pictures: Mapping[str, str], out: Path, options: PrepareOptions
+) -> dict[str, Facts]:
+    """Prepare what is not finished; return the facts of each photograph, by its path.
+
+    Raises InputError when most of what is finished in `out` is of other photographs.
+    """
+    settings = {
+        "size": options.size,
+        "keep_aspect": options.keep_aspect,
+        "graham": options.graham,
+        "image_format": options.image_format,
+    }
+    facts = open_journal(out, settings)
+    tasks = []
+    unfinished = []
+    for path, picture in pictures.items():
+        source = manifest.root / path
+        target = out / picture
+        task = Task(path, source, target, **settings, allow_truncated=options.allow_truncated)
+        tasks.append(task)
+        if not is_finished(task, facts.get(path, {})):
+            unfinished.append(task)
+    refuse_other_photographs(tasks, facts, out)
+
+    # The journal grows picture by picture, so that a stop costs only the pictures in hand.
+    done = len(tasks) - len(unfinished)
+    workers = options.workers or os.cpu_count() or 1
+    log.info("%d photographs, %d of them finished; %d processes", len(tasks), done, workers)
+    last_message = time.monotonic()
+    with (
+        contextlib.closing(prepare_photographs(unfinished, workers)) as finished,
+        (out / "prepare.jsonl").open("a", encoding="utf-8") as journal,
+        tqdm(total=len(tasks), initial=done, desc="prepare", disable=None) as bar,
+    ):
+        for entry in finished:
+            facts[entry["path"]] = entry
+            # A photograph that cannot be used is tried again the next time.
+            if "error" not in entry:
+                journal.write(json.dumps(entry) + "\n")
+                journal.flush()
+            done += 1
+            bar.update()
+            # Where there is no terminal the bar is silent.
+            if bar.disable and time.monotonic() - last_message > 30:
+                last_message = time.monotonic()
+                log.info("%d of %d photographs", done, len(tasks))
+    return {path: facts[path] for path in pictures}
+
+
+def refuse_other_photographs(tasks: Sequence[Task], facts: Mapping[str, Facts], out: Path) -> None:
+    """Raise InputError when fewer than half of the facts are about the photographs of the tasks."""
+    ours = 0
+    for task in tasks:
+        if task.path in facts:
+            stamp = _stamp(task.source, "source")
+            if stamp.items() <= facts[task.path].items():
+                ours += 1
+    if 2 * ours < len(facts):
+        few = f"of {len(facts)} photographs prepared in it, {ours} are those of --source"
+        raise InputError(f"--out {out}: {few}; give a new folder")
+
+
 def prepare(manifest: Manifest, out: Path, options: PrepareOptions) -> None:
-    """Prepare a data set into `out`: pictures, manifest, folds, report."""
-    pictures = picture_paths(manifest.records, f".{options.image_format}".replace("jpeg", "jpg"))
+    """Prepare a data set into `out`: pictures, report, manifest and folds."""
+    suffix = ".jpg" if options.image_format == "jpeg" else ".png"
+    pictures = picture_paths(manifest.records, suffix)
     facts = prepare_folder(manifest, pictures, out, options)
     good = tuple(record for record in manifest.records if "error" not in facts[record.path])
 
     def picture_of(path: str) -> np.ndarray:
         if not options.graham:
             return photographs.open_photograph(out / pictures[path])
-        raw = manifest.root / path  # Graham's pictures show too little of what tells eyes apart
-        return photographs.load_photograph(raw, options.size, options.allow_truncated)
+        # Graham's pictures show too little of what tells eyes apart.
+        return photographs.load_photograph(
+            manifest.root / path, options.size, allow_truncated=options.allow_truncated
+        )
 
-    same = copies.find_copies(facts, picture_of)
-    linked = [(one, other) for one, other, _ in same]
+    # Copies come before splits, which keep them together.
+    pairs = copies.find_copies(facts, picture_of)
+    linked = [(one, other) for one, other, _ in pairs]
     whole = splits.complete_splits(replace(manifest, records=good), linked)
     for note in whole.notes[len(manifest.notes) :]:
         log.info("%s: %s", whole.layout, note)
-    records = tuple(in_folder(record, pictures, facts) for record in whole.records)
-    about = {"layout": whole.layout, "size": options.size, "notes": whole.notes}
-    about |= {"splits": review.count_splits(records)}
-    about["doubts"] = review.list_doubts(replace(whole, records=records), facts, same)
-    write_json(out / "data_report.json", about)
-    for old in out.glob("manifest-fold-*.csv"):
-        old.unlink()
+
+    # The report comes before the manifest: a folder with a manifest is complete.
+    records = picture_records(whole.records, pictures, facts)
+    prepared = replace(whole, records=tuple(records))
+    report = review.build_report(prepared, facts, pairs, options.size)
+    write_json(out / "data_report.json", report)
+    for old_fold in out.glob("manifest-fold-*.csv"):
+        old_fold.unlink()
     write_manifest(out, records)
-    folds = splits.fold_splits(good, options.folds, linked=linked) if options.folds else []
-    for n, fold in enumerate(folds, 1):
-        write_manifest(out, [in_folder(r, pictures, facts) for r in fold], f"manifest-fold-{n}.csv")
-    also = f", and {len(folds)} manifest-fold-N.csv" * bool(folds)
-    log.info("%d pictures in %s%s", len(records), out, also)
-    if (bad := len(facts) - len(records)) >= BAD_SHARE * len(facts):
+    log.info("%d pictures in %s", len(records), out)
+    if options.folds:
+        folds = splits.fold_splits(good, options.folds, linked=linked)
+        for number, fold in enumerate(folds, 1):
+            name = f"manifest-fold-{number}.csv"
+            write_manifest(out, picture_records(fold, pictures, facts), name)
+        log.info("%d folds in manifest-fold-N.csv", len(folds))
+
+    bad = len(facts) - len(records)
+    if bad >= BAD_SHARE * len(facts):
         raise InputError(
             f"{manifest.root}: {bad} of {len(facts)} photographs cannot be used, all others are "
             f"prepared; copy the bad ones again (see {out / 'data_report.json'}) and repeat"
         )
-
-
-def in_folder(record: Record, pictures: dict[str, str], facts: dict[str, dict[str, Any]]) -> Record:
-    """Return a raw photograph's record as that of its prepared picture."""
-    more = {name: facts[record.path][name] for name in ("width", "height", "sha256")}
-    return replace(record, path=pictures[record.path], source=record.path, **more)
 
 
 def main(options: PrepareOptions, config: Path | None = None) -> None:

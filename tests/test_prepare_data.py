@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ import pytest
 from PIL import Image
 
 import prepare_data
+from fundus.adapters import LAYOUTS, layout_help
 from fundus.layouts import open_data
-from fundus.manifest import read_manifest
+from fundus.manifest import GRADES, read_manifest
 from fundus.photographs import load_photograph, read_photograph, subtract_local_mean
 from fundus.synthetic import DrawnEye, draw_photograph
 from prepare_data import PrepareOptions, Task, main, prepare_photographs
-from utils import InputError, Stopped
+from utils import InputError, Stopped, parse
 
 SIZE = 64
 
@@ -33,8 +35,9 @@ def draw(path, seed, width=160, height=108):
     rng = np.random.default_rng(seed)
     blotches = Image.fromarray(rng.integers(0, 256, (12, 18), dtype=np.uint8))
     y, x = np.mgrid[:height, :width]
-    radius, left = rng.uniform(0.36, 0.44) * height, rng.uniform(0.4, 0.6) * width
-    distance = np.hypot(x - left, y - height / 2) / radius
+    radius = rng.uniform(0.36, 0.44) * height
+    centre = rng.uniform(0.4, 0.6) * width
+    distance = np.hypot(x - centre, y - height / 2) / radius
     light = np.where(distance < 1, rng.uniform(120, 250) * (1 - 0.4 * distance**2), 0)
     light *= 0.7 + 0.3 * np.asarray(blotches.resize((width, height), Image.BICUBIC)) / 255
     image = light[..., None] * [1, rng.uniform(0.3, 0.7), 0.3]
@@ -66,7 +69,20 @@ def prepare(source, out, **options):
 
 
 def tree(root):
-    return {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+    """Return the files below a folder."""
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def report_of(out):
+    return json.loads((out / "data_report.json").read_text())
+
+
+def doubts_of(out):
+    """Return the lines of each list of doubts."""
+    lists = {}
+    for name, entries in report_of(out)["doubts"].items():
+        lists[name] = [entry["text"] for entry in entries]
+    return lists
 
 
 def test_prepared_pictures_are_load_photographs_up_to_jpeg(source, tmp_path):
@@ -77,8 +93,8 @@ def test_prepared_pictures_are_load_photographs_up_to_jpeg(source, tmp_path):
     for record, origin in zip(manifest.records, raw.records, strict=True):
         assert record.path == f"images/{Path(origin.path).stem}.jpg"
         assert (record.source, record.width, record.height) == (origin.path, 160, 108)
-        same = ("grade", "patient", "eye", "split")
-        assert [getattr(record, n) for n in same] == [getattr(origin, n) for n in same]
+        for name in ("grade", "patient", "eye", "split"):
+            assert getattr(record, name) == getattr(origin, name)
         data = (out / record.path).read_bytes()
         assert hashlib.sha256(data).hexdigest() == record.sha256
     for record in manifest.records[::20]:
@@ -99,30 +115,30 @@ def test_report_counts_what_there_is(source, tmp_path):
     shutil.copy(source / "train/4_left.jpeg", source / "train/59_right.jpeg")
     Image.new("RGB", (160, 108), (90, 40, 20)).save(source / "train/7_left.jpeg")
     manifest = prepare(source, tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    report = report_of(tmp_path / "out")
     for split in ("train", "val", "test"):
         records = manifest.split(split)
         line = report["splits"][split]
         assert line["images"] == len(records)
         assert line["patients"] == len({record.patient for record in records})
-        assert line["by_grade"] == [sum(r.grade == g for r in records) for g in range(5)]
-    train, test = (report["splits"][split]["by_grade"] for split in ("train", "test"))
+        grades = Counter(record.grade for record in records)
+        assert line["by_grade"] == [grades[grade] for grade in range(GRADES)]
+    train = report["splits"]["train"]["by_grade"]
+    test = report["splits"]["test"]["by_grade"]
     assert report["splits"]["test"]["majority"] == round(test[np.argmax(train)] / sum(test), 4)
-    doubts = texts(report)
+    doubts = doubts_of(tmp_path / "out")
     assert doubts["doubtful_crops"] == ["images/7_left.jpg"]
     pair = "images/4_left.jpg = images/59_right.jpg (1.00)"
-    assert doubts["copies"] == [pair] and doubts["copies_with_other_grades"] == []
+    assert doubts["copies"] == [pair]
+    assert doubts["copies_with_other_grades"] == []
     assert doubts["copies_of_other_patients"] == [f"{pair}: 4, 59"]
     assert doubts["copies_in_other_splits"] == []  # they are kept together
-    assert doubts["blank"] == ["images/7_left.jpg"] and doubts["near_black"] == []
-    assert doubts["unreadable"] == [] and report["layout"] == "eyepacs"
+    assert doubts["blank"] == ["images/7_left.jpg"]
+    assert doubts["near_black"] == []
+    assert doubts["unreadable"] == []
+    assert report["layout"] == "eyepacs"
     pictures = report["doubts"]["copies"][0]["pictures"]
     assert pictures == ["images/4_left.jpg", "images/59_right.jpg"]
-
-
-def texts(report):
-    """The lines of each list of doubts."""
-    return {name: [e["text"] for e in entries] for name, entries in report["doubts"].items()}
 
 
 def copy_of(path, target, kind):
@@ -136,12 +152,13 @@ def copy_of(path, target, kind):
         elif kind == "resized":
             image.resize((image.width * 3 // 4, image.height * 3 // 4)).save(target, quality=90)
         else:
-            image.point(lambda v: min(255, int(1.15 * v))).save(target, quality=95)
+            image.point(lambda value: min(255, int(1.15 * value))).save(target, quality=95)
 
 
 def test_all_copies_under_other_patients_names_are_found_and_nothing_else(tmp_path):
     """50 planted among 150 eyes drawn as such; no patient of a copy is parted from its origin."""
-    source, planted = tmp_path / "source", set()
+    source = tmp_path / "source"
+    planted = set()
     for number in range(100):
         eye = DrawnEye(f"p{number}", "left", number % 5, (77, number, 0))
         path = source / f"p{number}_left.jpg"
@@ -153,12 +170,13 @@ def test_all_copies_under_other_patients_names_are_found_and_nothing_else(tmp_pa
         planted.add((f"images/p{number}_left.jpg", f"images/q{number}_left.jpg"))
     draw(source / "p0_right.jpg", 1000)  # else each photograph is its own patient
     manifest = prepare(source, tmp_path / "out", size=256)
-    doubts = json.loads((tmp_path / "out" / "data_report.json").read_text())["doubts"]
+    doubts = report_of(tmp_path / "out")["doubts"]
     assert {tuple(entry["pictures"]) for entry in doubts["copies"]} == planted
     assert len(doubts["copies_of_other_patients"]) == 50
     assert doubts["copies_in_other_splits"] == []
-    split = {Path(r.path).stem: r.split for r in manifest.records}
-    assert all(split[f"p{n}_left"] == split[f"q{n}_left"] for n in range(50))
+    split_of = {Path(record.path).stem: record.split for record in manifest.records}
+    for number in range(50):
+        assert split_of[f"p{number}_left"] == split_of[f"q{number}_left"]
 
 
 def test_copies_in_published_splits_and_with_other_grades_are_told(tmp_path):
@@ -166,10 +184,10 @@ def test_copies_in_published_splits_and_with_other_grades_are_told(tmp_path):
     for split, grade, seed in (("train", 0, 1), ("train", 1, 2), ("test", 0, 3), ("test", 3, 1)):
         draw(source / split / str(grade) / f"{split}{grade}.jpg", seed)
     prepare(source, tmp_path / "out")
-    doubts = texts(json.loads((tmp_path / "out" / "data_report.json").read_text()))
+    doubts = doubts_of(tmp_path / "out")
     pair = "images/test3.jpg = images/train0.jpg (1.00)"
-    (told,) = doubts["copies_in_other_splits"]
-    assert told.startswith(f"{pair}: test, ") and told.endswith(("train", "val"))
+    (text,) = doubts["copies_in_other_splits"]
+    assert text in (f"{pair}: test, train", f"{pair}: test, val")
     assert doubts["copies_with_other_grades"] == [f"{pair}: 3, 0"]
     assert doubts["copies_of_other_patients"] == []  # nobody's names are known here
 
@@ -210,7 +228,7 @@ def test_one_bad_photograph_costs_only_itself(drawn, tmp_path):
     manifest = prepare(source, tmp_path / "out")
     assert len(manifest.records) == 239
     assert "copy0/5_left.jpeg" not in {record.source for record in manifest.records}
-    doubts = texts(json.loads((tmp_path / "out" / "data_report.json").read_text()))
+    doubts = doubts_of(tmp_path / "out")
     assert doubts["unreadable"] == ["copy0/5_left.jpeg is a web page, not a photograph"]
 
 
@@ -221,7 +239,7 @@ def test_many_bad_photographs_are_an_error_after_all_good_ones(source, tmp_path)
     with pytest.raises(InputError, match=r"2 of 120 photographs cannot be used"):
         prepare(source, tmp_path / "out")
     assert len(read_manifest(tmp_path / "out").records) == 118
-    doubts = texts(json.loads((tmp_path / "out" / "data_report.json").read_text()))
+    doubts = doubts_of(tmp_path / "out")
     assert [line.split()[0] for line in doubts["unreadable"]] == [
         "train/1_left.jpeg",
         "train/2_left.jpeg",
@@ -233,6 +251,15 @@ def test_many_bad_photographs_are_an_error_after_all_good_ones(source, tmp_path)
     (source / "train/1_left.jpeg").write_bytes(data)  # mended
     shutil.copy(source / "train/3_left.jpeg", source / "train/2_left.jpeg")
     assert len(prepare(source, tmp_path / "out").records) == 120
+
+
+def test_a_data_set_of_bad_photographs_alone_is_a_message(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.jpg").write_bytes(b"<html>403</html>")
+    with pytest.raises(InputError, match="3 of 3 photographs cannot be used"):
+        prepare(source, tmp_path / "out")
 
 
 def test_a_photograph_replaced_by_one_of_its_size_is_prepared_again(source, tmp_path):
@@ -271,7 +298,8 @@ def test_a_second_run_keeps_what_is_finished(source, tmp_path, monkeypatch):
 
 
 def test_stopping_leaves_a_state_from_which_the_next_run_goes_on(source, tmp_path, monkeypatch):
-    out, started = tmp_path / "out", []
+    out = tmp_path / "out"
+    started = []
     once = prepare_data.prepare_photograph
 
     def stop_at_40(task):
@@ -304,13 +332,41 @@ def test_another_size_or_a_foreign_folder_is_refused(source, tmp_path):
     for inside in (source, source / "train" / "out"):
         with pytest.raises(InputError, match="lie in each other"):
             prepare(source, inside)
-    with pytest.raises(InputError, match="--size 8"):
-        PrepareOptions("a", "b", size=8)
-    for name, value in (("workers", -1), ("folds", 1), ("folds", -2), ("grades", {"sick": 5})):
-        with pytest.raises(InputError, match=f"--{name}"):
-            PrepareOptions("a", "b", **{name: value})
-    with pytest.raises(InputError, match="--path-column"):
-        PrepareOptions("a", "b", grade_column="dr")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"size": 8}, "--size 8: expected 32 to 4096"),
+        ({"size": 10**19}, "--size"),
+        ({"workers": -1}, "--workers -1: expected 0 to 1024"),
+        ({"folds": 1}, "--folds 1: expected 2 or more"),
+        ({"folds": -2}, "--folds -2"),
+        ({"grades": {"healthy": 0, "sick": GRADES}}, "--grades 5: expected 0 to 4"),
+        ({"grade_column": "dr"}, "--path-column"),
+        ({"patient_column": "id"}, "--path-column"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        PrepareOptions("a", "b", **options)
+
+
+def test_help_and_choices_of_layout_are_the_registry(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    arguments = ["--source", "a", "--out", "b", "--layout"]
+    for name in ("auto", *LAYOUTS):
+        assert parse(PrepareOptions, [*arguments, name])[0].layout == name
+    with pytest.raises(SystemExit) as caught:
+        parse(PrepareOptions, [*arguments, "messidor3"])
+    assert caught.value.code == 2
+    refusal = "".join(capsys.readouterr())
+    assert "invalid choice 'messidor3'" in refusal
+    assert "'messidor2'" in refusal
+    with pytest.raises(SystemExit):
+        parse(PrepareOptions, ["--help"])
+    assert layout_help() in capsys.readouterr().out
 
 
 def test_an_output_that_cannot_be_written_is_an_input_error(source, tmp_path):
@@ -334,7 +390,7 @@ def test_a_manifest_written_by_hand_is_prepared_with_its_splits(drawn, tmp_path)
 
 def tasks_of(source, out, count=6):
     paths = sorted((source / "train").iterdir())[:count]
-    return [Task(p.name, p, out / f"{p.stem}.jpg", SIZE, False) for p in paths]
+    return [Task(path.name, path, out / f"{path.stem}.jpg", SIZE) for path in paths]
 
 
 def test_processes_side_by_side_give_the_same_pictures(drawn, tmp_path):
@@ -357,8 +413,10 @@ def test_a_killed_worker_is_told_and_not_waited_for(drawn, tmp_path, monkeypatch
         list(prepare_photographs(tasks_of(drawn, tmp_path), 2))
 
 
-def lines(file):
-    return len(file.read_text().splitlines()) if file.exists() else 0
+def count_lines(file):
+    if not file.exists():
+        return 0
+    return len(file.read_text().splitlines())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
@@ -374,18 +432,20 @@ def test_the_command_stops_on_a_signal_and_goes_on(drawn, tmp_path):
     process = subprocess.Popen(command, **pipes)
     limit = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < limit:
-        if lines(out / "prepare.jsonl") > 20:
+        if count_lines(out / "prepare.jsonl") > 20:
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
-    assert "the same command goes on" in errors and "Traceback" not in errors
-    done = lines(out / "prepare.jsonl") - 1
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    done = count_lines(out / "prepare.jsonl") - 1
     assert 0 < done < 480
     again = subprocess.run(command, **pipes, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert f"{done} of them finished" in again.stdout and "480 pictures" in again.stdout
+    assert f"{done} of them finished" in again.stdout
+    assert "480 pictures" in again.stdout
     assert len(read_manifest(out).records) == 480
 
 
@@ -396,10 +456,6 @@ def test_preparing_imports_no_torch():
 
 
 # ------------------------------------------------------------- folders that are not one's own
-
-
-def report_of(out):
-    return json.loads((out / "data_report.json").read_text())
 
 
 def test_another_data_set_never_takes_a_prepared_folder(source, tmp_path):
@@ -475,8 +531,9 @@ def test_copies_stay_in_one_fold_also_where_pictures_are_grahams(tmp_path, graha
     assert len(report_of(tmp_path / "out")["doubts"]["copies"]) == 12
     for fold in range(1, 5):
         manifest = read_manifest(tmp_path / "out", f"manifest-fold-{fold}.csv")
-        split = {r.source: r.split for r in manifest.records}
-        assert all(split[f"a{n}.jpg"] == split[f"b{n}.jpg"] for n in range(12))
+        split_of = {record.source: record.split for record in manifest.records}
+        for number in range(12):
+            assert split_of[f"a{number}.jpg"] == split_of[f"b{number}.jpg"]
 
 
 def test_what_is_missing_is_told_before_preparing_and_listed_whole(source, tmp_path, caplog):
@@ -502,8 +559,9 @@ def test_cut_off_photographs_that_are_taken_are_listed(source, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 4])
     prepare(source, tmp_path / "out", allow_truncated=True)
-    doubts = texts(report_of(tmp_path / "out"))
-    assert doubts["truncated"] == ["images/1_left.jpg"] and doubts["unreadable"] == []
+    doubts = doubts_of(tmp_path / "out")
+    assert doubts["truncated"] == ["images/1_left.jpg"]
+    assert doubts["unreadable"] == []
 
 
 def test_one_in_a_hundred_is_too_many(drawn, tmp_path):
