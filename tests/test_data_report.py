@@ -17,7 +17,8 @@ from PIL import Image
 from tools.data_report import SHOWN, THUMBNAIL, page
 from utils import HERE
 
-A, C = "images/a <b>.jpg", "images/c d.png"
+A = "images/a <b>.jpg"
+C = "images/c d.png"
 LISTS = {
     "doubtful_crops": [{"text": A, "pictures": [A]}],
     "near_black": [],
@@ -27,10 +28,15 @@ LISTS = {
     "rows of train.csv without photograph": [{"text": "lost_left", "pictures": []}],
 }
 SPLITS = {
-    "train": {"images": 3, "patients": 2, "by_grade": [2, 1, 0, 0, 0], "without_grade": 0},
-    "test": {"images": 0, "patients": 0, "by_grade": [0] * 5, "without_grade": 0},
+    "train": {
+        "images": 3,
+        "patients": 2,
+        "by_grade": [2, 1, 0, 0, 0],
+        "without_grade": 0,
+        "majority": 0.6667,
+    },
+    "test": {"images": 0, "patients": 0, "by_grade": [0, 0, 0, 0, 0], "without_grade": 0},
 }
-SPLITS["train"]["majority"] = 0.6667
 
 
 @pytest.fixture
@@ -44,40 +50,82 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_page_shows_every_list_with_its_pictures(folder):
-    text = page(folder, json.loads((folder / "data_report.json").read_text()))
-    heads = dict(re.findall("<h2>(.*?): ([0-9]+)</h2>", text))
-    assert heads == {n.replace("_", " "): str(len(v)) for n, v in LISTS.items() if v}
-    assert "None: near black." in text and f"and {70 - SHOWN} more" in text
-    assert "1 &lt; 2" in text and "a &lt;b&gt;.jpg" in text and "<b>" not in text
-    assert "<td>train</td><td>3</td><td>2</td><td>2</td><td>1</td>" in text and "66.7%" in text
+def page_of(folder):
+    return page(folder, json.loads((folder / "data_report.json").read_text()))
+
+
+def test_page_shows_every_list_that_is_not_empty(folder):
+    text = page_of(folder)
+    assert re.findall("<h2>(.*?): ([0-9]+)</h2>", text) == [
+        ("doubtful crops", "1"),
+        ("copies", "1"),
+        ("copies of other patients", "70"),
+        ("unreadable", "1"),
+        ("rows of train.csv without photograph", "1"),
+    ]
+    assert "None: near black." in text
+    assert f"and {70 - SHOWN} more" in text
+
+
+def test_page_escapes_what_data_sets_say(folder):
+    text = page_of(folder)
+    assert "1 &lt; 2" in text
+    assert "a &lt;b&gt;.jpg" in text
+    assert "<b>" not in text
+
+
+def test_page_has_a_row_for_each_split(folder):
+    text = page_of(folder)
+    assert "<th>0</th><th>1</th><th>2</th><th>3</th><th>4</th><th>without grade</th>" in text
+    cells = "<td>3</td><td>2</td><td>2</td><td>1</td><td>0</td><td>0</td><td>0</td><td>0</td>"
+    assert f"<td>train</td>{cells}<td>66.7%</td>" in text
+    assert "<td>0</td><td>-</td></tr></table>" in text
+
+
+def test_page_holds_the_pictures_of_each_entry(folder):
+    text = page_of(folder)
     figures = re.findall("<figure>(.*?)</figure>", text)
     counts = [figure.count("<img") for figure in figures]
     assert counts == [1, 2] + [2] * SHOWN + [0, 0]
-    found = [base64.b64decode(d) for d in re.findall('base64,([^"]*)', figures[1])]
-    sizes = [Image.open(io.BytesIO(data)).size for data in found]
+    sizes = []
+    for data in re.findall('base64,([^"]*)', figures[1]):
+        sizes.append(Image.open(io.BytesIO(base64.b64decode(data))).size)
     assert sizes == [(THUMBNAIL, 85), (60, 90)]
     assert not re.findall('(?:src|href)="(?!data:)', text), "all of it is in the page"
 
 
 def test_missing_pictures_cost_only_themselves(folder):
     (folder / "images" / "c d.png").unlink()
-    text = page(folder, json.loads((folder / "data_report.json").read_text()))
-    assert "(no picture)" in text and "<h2>copies: 1</h2>" in text
+    text = page_of(folder)
+    assert "(no picture)" in text
+    assert "<h2>copies: 1</h2>" in text
 
 
-def test_command(folder, tmp_path):
-    command = [sys.executable, "-m", "tools.data_report"]
-    how = {"cwd": HERE, "env": child_environment(), "capture_output": True, "text": True}
-    done = subprocess.run([*command, str(folder)], **how)
-    assert done.returncode == 0 and "data_report.html" in done.stdout
+def run(*arguments):
+    command = [sys.executable, "-m", "tools.data_report", *map(str, arguments)]
+    environment = child_environment()
+    return subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+
+
+def test_command(folder):
+    done = run(folder)
+    assert done.returncode == 0
+    assert "data_report.html" in done.stdout
     assert (folder / "data_report.html").read_text().startswith("<!doctype html>")
-    (tmp_path / "empty").mkdir()
-    done = subprocess.run([*command, str(tmp_path / "empty")], **how)
-    assert done.returncode == 2 and "no report of prepare_data.py there" in done.stderr
-    (tmp_path / "empty" / "data_report.json").write_text("[]")
-    done = subprocess.run([*command, str(tmp_path / "empty")], **how)
-    assert done.returncode == 2 and "no report of prepare_data.py there" in done.stderr
-    done = subprocess.run([*command, str(folder), "--out", str(tmp_path / "no" / "page")], **how)
-    assert done.returncode == 2 and "cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize("report", [None, "[]", "{", '{"notes": []}', '{"splits": {}}'])
+def test_a_folder_without_a_report_is_refused(tmp_path, report):
+    if report is not None:
+        (tmp_path / "data_report.json").write_text(report)
+    done = run(tmp_path)
+    assert done.returncode == 2
+    assert "no report of prepare_data.py there" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_page_that_cannot_be_written_is_refused(folder):
+    done = run(folder, "--out", folder / "no" / "page")
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr

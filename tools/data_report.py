@@ -15,14 +15,17 @@ import html
 import io
 import json
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from PIL import Image
 
-THUMBNAIL = 128  # pixels
+THUMBNAIL = 128  # pixels of the longer side
 SHOWN = 60  # entries of a list that get thumbnails; all are counted
-ABOUT = {  # what each list means, and what to do about it
+
+# What each list means, and what to do about it.
+ABOUT = {
     "doubtful_crops": "no fundus was found, so the whole image stays: look whether it is gradable",
     "near_black": "hardly brighter than 22 of 255: kept; drop its row if it is not gradable",
     "blank": "without contrast in its middle: kept; drop its row if it is not gradable",
@@ -33,6 +36,7 @@ ABOUT = {  # what each list means, and what to do about it
     "copies_with_other_grades": "one picture with two grades: one of them is wrong",
     "unreadable": "left out: copy or download them again and repeat the command",
 }
+
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}
 table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #d8dde4}
 td,th{text-align:right}td:first-child,th:first-child{text-align:left}h2{margin-top:2rem}
@@ -54,44 +58,63 @@ def thumbnail(path: Path) -> str:
     return f'<img src="data:image/jpeg;base64,{data}" width="{small.width}" alt="">'
 
 
-def table_of_splits(splits: dict[str, dict[str, Any]]) -> str:
+def table_of_splits(splits: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the splits' counts as an html table."""
-    names = ["split", "images", "patients", *map(str, range(5)), "without grade", "majority line"]
-    rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"]
-    for split, line in splits.items():
-        majority = f"{line['majority']:.1%}" if "majority" in line else "-"
-        cells = [split, line["images"], line["patients"], *line["by_grade"]]
-        cells += [line["without_grade"], majority]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "<table>" + "".join(rows) + "</table>"
+    # The report knows how many grades there are; this tool imports nothing that does.
+    grades = max(len(counts["by_grade"]) for counts in splits.values())
+    names = ["split", "images", "patients", *range(grades), "without grade", "majority line"]
+    rows = [_table_row("th", names)]
+    for split, counts in splits.items():
+        # A split without grades has no majority line.
+        majority = "-"
+        if "majority" in counts:
+            majority = f"{counts['majority']:.1%}"
+        cells = [split, counts["images"], counts["patients"], *counts["by_grade"]]
+        cells += [counts["without_grade"], majority]
+        rows.append(_table_row("td", cells))
+    return f"<table>{''.join(rows)}</table>"
 
 
-def section(folder: Path, name: str, entries: list[dict[str, Any]]) -> str:
+def _table_row(tag: str, cells: Iterable[object]) -> str:
+    """Return a row of an html table; `tag` is th for a header, else td."""
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+
+def section(folder: Path, name: str, entries: Sequence[Mapping[str, Any]]) -> str:
     """Return a list's heading, what it means, and its entries with the pictures of each."""
     parts = [f"<h2>{html.escape(name.replace('_', ' '))}: {len(entries)}</h2>"]
-    parts.append(f"<p>{ABOUT[name]}</p>" if name in ABOUT else "")
+    # Lists that notes of a data set count explain themselves by their names.
+    if name in ABOUT:
+        parts.append(f"<p>{ABOUT[name]}</p>")
     for entry in entries[:SHOWN]:
-        pictures = "".join(thumbnail(folder / path) for path in entry["pictures"])
+        pictures = [thumbnail(folder / path) for path in entry["pictures"]]
         caption = f"<figcaption>{html.escape(entry['text'])}</figcaption>"
-        parts.append(f"<figure>{pictures}{caption}</figure>")
+        parts.append(f"<figure>{''.join(pictures)}{caption}</figure>")
     if len(entries) > SHOWN:
         parts.append(f"<p>and {len(entries) - SHOWN} more, in data_report.json</p>")
     return "\n".join(parts)
 
 
-def page(folder: Path, report: dict[str, Any]) -> str:
+def page(folder: Path, report: Mapping[str, Any]) -> str:
     """Return the whole page for a prepared folder and its report."""
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in report["notes"])
-    doubts = report["doubts"]
-    clear = [name.replace("_", " ") for name, entries in doubts.items() if not entries]
     title = html.escape(f"{folder.resolve().name}: {report['layout']}, {report['size']} px")
+    notes = [f"<li>{html.escape(note)}</li>" for note in report["notes"]]
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
-        f"<style>{STYLE}</style><h1>{title}</h1><ul>{notes}</ul>{table_of_splits(report['splits'])}",
+        f"<style>{STYLE}</style><h1>{title}</h1><ul>{''.join(notes)}</ul>",
+        table_of_splits(report["splits"]),
         "<p>Majority line: the accuracy of always answering train's most frequent grade.</p>",
-        *(section(folder, name, entries) for name, entries in doubts.items() if entries),
-        f"<p>None: {html.escape(', '.join(clear))}.</p>" if clear else "",
     ]
+
+    # Empty lists share one line at the end, which says that somebody looked.
+    empty = []
+    for name, entries in report["doubts"].items():
+        if entries:
+            parts.append(section(folder, name, entries))
+        else:
+            empty.append(name.replace("_", " "))
+    if empty:
+        parts.append(f"<p>None: {html.escape(', '.join(empty))}.</p>")
     return "\n".join(parts) + "\n"
 
 
@@ -100,13 +123,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder that prepare_data.py made")
     parser.add_argument("--out", type=Path, help="the page; data_report.html in it by default")
-    o = parser.parse_args()
+    options = parser.parse_args()
+
+    # Another json under this name fails somewhere on the way, by any of these errors.
     try:
-        report = json.loads((o.data / "data_report.json").read_text("utf-8"))
-        text = page(o.data, report)
+        report = json.loads((options.data / "data_report.json").read_text("utf-8"))
+        text = page(options.data, report)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{o.data}: no report of prepare_data.py there ({type(error).__name__}: {error})")
-    out = o.out or o.data / "data_report.html"
+        what = f"no report of prepare_data.py there ({type(error).__name__}: {error})"
+        refuse(f"{options.data}: {what}")
+
+    out = options.out or options.data / "data_report.html"
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
