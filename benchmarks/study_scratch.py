@@ -4,11 +4,14 @@
     python -m benchmarks.study_scratch --name synthetic --data DRAWN --draw-seed 101 \
         --config configs/demo.yaml
 
-`--draw-seed` draws 1,000 synthetic photographs of that seed into `--data` first, so that nothing is
-tuned on those of `--data synthetic`. Writes runs/study-NAME-SEED/, docs/scratch-NAME.png and
-benchmarks/results/scratch-NAME.json, which says for every seed whether it held over the last half
-of training, and how the untrained and the trained network's 15-NN score on the test split, or on
-`--test-data`. Further options go to SSRL.py, to try a change of the recipe.
+`--draw-seed` first draws 1,000 synthetic photographs of that seed into `--data`, so that nothing is
+tuned on those of `--data synthetic`. Options that this script does not know go to SSRL.py, to try a
+change of the recipe.
+
+For every seed the results say whether it held over the last half of training, and how the 15-NN
+scores on the untrained and on the trained network, on the test split or on `--test-data`. The
+script writes runs/study-NAME-SEED/, docs/scratch-NAME.png and
+benchmarks/results/scratch-NAME.json.
 """
 
 from __future__ import annotations
@@ -24,7 +27,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from fundus.synthetic import draw_folder
+
 ROOT = Path(__file__).resolve().parents[1]
+DRAWN = 1000  # synthetic photographs
+UNTRAINED = "checkpoint-0000.pth"  # what a run writes before its first step
+
+# The quantities of a log that are drawn, one panel each, and their labels.
 PANELS = {
     "loss": "loss / ln K",
     "teacher_entropy": "teacher entropy / ln K",
@@ -34,61 +43,118 @@ PANELS = {
     "knn_qwk": "k-NN QWK on val",
 }
 
-
-def read_log(run: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return a log's first line and {quantity: (n, 2) epoch and value}."""
-    first, *lines = map(json.loads, (run / "log.jsonl").read_text("utf-8").splitlines())
-    found = {
-        name: np.array([(line["epoch"], line[name]) for line in lines if name in line])
-        for name in PANELS
-    }
-    return first, found
+# {quantity: rows of (epoch, value)}, each an array (n, 2)
+Curves = dict[str, np.ndarray]
 
 
-def judge(seen: dict[str, np.ndarray], log_k: float) -> dict[str, Any]:
+# ----------------------------------------------------------------------------------------- one run
+def train(seed: int, options: argparse.Namespace, more: list[str]) -> Path:
+    """Train one seed with SSRL.py, `more` being further options of its; return the run's folder."""
+    run = ROOT / "runs" / f"study-{options.name}-{seed}"
+    command = [sys.executable, str(ROOT / "SSRL.py"), "--config", options.config]
+    command += ["--data", options.data, "--seed", str(seed), "--output-dir", str(run)]
+    subprocess.run(command + more, check=True)
+    return run
+
+
+def read_log(run: Path) -> tuple[dict[str, Any], Curves]:
+    """Return a log's first line, and the curves of the quantities that are drawn."""
+    text = (run / "log.jsonl").read_text("utf-8")
+    first, *lines = [json.loads(line) for line in text.splitlines()]
+    curves = {}
+    for name in PANELS:
+        rows = [(line["epoch"], line[name]) for line in lines if name in line]
+        curves[name] = np.array(rows)
+    return first, curves
+
+
+def judge(curves: Curves, log_k: float) -> dict[str, Any]:
     """Say how a run fared over the last half of its epochs; `held` is true when all of it did.
 
-    Falling and rising are the sign of a line fitted to that half.
+    Whether a quantity falls or rises is the sign of a line fitted to that half. `log_k` is ln K,
+    the loss of a network that has learned nothing.
     """
-    end = seen["rankme"][-1, 0]
-    late = {name: rows[rows[:, 0] >= end / 2] for name, rows in seen.items() if len(rows)}
-    slope = {name: float(np.polyfit(*late[name].T, 1)[0]) for name in ("loss", "rankme")}
-    entropy, marginal = late["teacher_entropy"][:, 1], late["marginal_entropy"][:, 1]
-    start, rank = float(seen["rankme"][0, 1]), late["rankme"][:, 1]
+    last_epoch = curves["rankme"][-1, 0]
+    late = {}
+    for name, rows in curves.items():
+        if len(rows):
+            late[name] = rows[rows[:, 0] >= last_epoch / 2]
+
+    teacher_entropy = late["teacher_entropy"][:, 1]
+    marginal_entropy = late["marginal_entropy"][:, 1]
+    loss = late["loss"][:, 1]
+    rankme = late["rankme"][:, 1]
+    rankme_start = float(curves["rankme"][0, 1])
+    is_spread = teacher_entropy.min() > 0.02 and teacher_entropy.max() < 0.98
     checks = {
-        "teacher entropy in 0.02-0.98": bool(entropy.min() > 0.02 and entropy.max() < 0.98),
-        "marginal entropy above 0.5": bool(marginal.min() > 0.5),
-        "loss below ln K": bool(late["loss"][:, 1].max() < log_k),
-        "loss falling": slope["loss"] < 0,
-        "RankMe above the start's": bool(rank.min() > start),
-        "RankMe rising": slope["rankme"] > 0,
+        "teacher entropy in 0.02-0.98": is_spread,
+        "marginal entropy above 0.5": marginal_entropy.min() > 0.5,
+        "loss below ln K": loss.max() < log_k,
+        "loss falling": slope(late["loss"]) < 0,
+        "RankMe above the start's": rankme.min() > rankme_start,
+        "RankMe rising": slope(late["rankme"]) > 0,
     }
-    numbers = {"loss_end": float(late["loss"][-1, 1]), "ln_K": log_k, "rankme_start": start}
-    numbers |= {"rankme_end": float(rank[-1]), "rankme_lowest": float(seen["rankme"][:, 1].min())}
-    return {"held": all(checks.values()), "checks": checks} | numbers
+    return {
+        "held": all(checks.values()),
+        "checks": {name: bool(passed) for name, passed in checks.items()},
+        "loss_end": float(loss[-1]),
+        "ln_K": log_k,
+        "rankme_start": rankme_start,
+        "rankme_end": float(rankme[-1]),
+        "rankme_lowest": float(curves["rankme"][:, 1].min()),
+    }
+
+
+def slope(rows: np.ndarray) -> float:
+    """Return the slope of the line fitted to rows (n, 2) of epoch and value."""
+    return float(np.polyfit(rows[:, 0], rows[:, 1], 1)[0])
 
 
 def score(run: Path, weights: str, test_data: str | None) -> dict[str, Any]:
-    """Return metrics of the 15-NN on frozen features of a run's weights, and its majority line."""
-    folder = run / ("knn" if weights == "" else f"knn-{weights.split('-')[1].split('.')[0]}")
+    """Return metrics of the 15-NN on frozen features, and its majority line.
+
+    `weights` names a kept checkpoint of the run; "" takes the trained backbone.
+    """
     command = [sys.executable, str(ROOT / "eval_knn.py"), "--pretrained", str(run / weights)]
-    command += ["--k", "15", "--overwrite"] + (["--test-data", test_data] if test_data else [])
+    command += ["--k", "15", "--overwrite"]
+    if test_data:
+        command += ["--test-data", test_data]
     subprocess.run(command, check=True)
-    found = [p for p in folder.glob("*/results.json") if test_data] or [folder / "results.json"]
-    results = json.loads(found[0].read_text("utf-8"))
-    kept = {k: results["metrics"][k] for k in ("accuracy", "qwk", "referable_auroc")}
-    return kept | {"images": results["data"]["test"]["images"], "majority": results["majority"]}
+
+    # Kept epochs have a folder of their own, and further test sets one inside it.
+    folder = run / "knn"
+    if weights:
+        epoch = weights.removeprefix("checkpoint-").removesuffix(".pth")
+        folder = run / f"knn-{epoch}"
+    file = folder / "results.json"
+    if test_data:
+        file = next(folder.glob("*/results.json"), file)
+
+    results = json.loads(file.read_text("utf-8"))
+    metrics = results["metrics"]
+    return {
+        "accuracy": metrics["accuracy"],
+        "qwk": metrics["qwk"],
+        "referable_auroc": metrics["referable_auroc"],
+        "images": results["data"]["test"]["images"],
+        "majority": results["majority"],
+    }
 
 
-def draw(curves: list[dict[str, np.ndarray]], log_k: float, title: str, path: Path) -> None:
+# ----------------------------------------------------------------------------------------- all runs
+def draw(seeds: dict[int, Curves], log_k: float, title: str, path: Path) -> None:
     """Draw each quantity against the epoch, a line for each seed."""
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, label) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
-        for seed, seen in enumerate(curves):
-            if len(seen[name]):
-                epoch, value = seen[name].T
-                axes.plot(epoch, value / (log_k if name == "loss" else 1), label=f"seed {seed}")
+    panels = figure.subplots(2, 3).flat
+    for axes, (name, label) in zip(panels, PANELS.items(), strict=True):
+        for seed, curves in seeds.items():
+            if len(curves[name]) == 0:
+                continue
+            epoch, value = curves[name].T
+            if name == "loss":
+                value = value / log_k
+            axes.plot(epoch, value, label=f"seed {seed}")
         axes.set(xlabel="epoch", ylabel=label)
         axes.ticklabel_format(useOffset=False)
         if "entropy" in name:
@@ -98,47 +164,62 @@ def draw(curves: list[dict[str, np.ndarray]], log_k: float, title: str, path: Pa
     figure.savefig(path, dpi=90)
 
 
-def main() -> None:
-    """Train the seeds one after another, judge and draw them."""
+def gain_in_qwk(verdicts: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean over seeds, and its deviation, of what training adds to the 15-NN's QWK."""
+    gains = []
+    for verdict in verdicts:
+        trained = verdict["knn"]["trained"]["qwk"]["value"]
+        untrained = verdict["knn"]["untrained"]["qwk"]["value"]
+        gains.append(trained - untrained)
+    return {"mean": float(np.mean(gains)), "std": float(np.std(gains, ddof=1))}
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Return this script's options, and those that are left for SSRL.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", required=True, help="of the study")
+    parser.add_argument("--name", required=True, help="name of the study")
     parser.add_argument("--data", required=True, help="prepared folder")
     parser.add_argument("--config", required=True, help="recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--draw-seed", type=int, help="draw synthetic photographs of this seed")
     parser.add_argument("--test-data", help="test the 15-NN on this, not on the test split")
-    o, more = parser.parse_known_args()
-    if o.draw_seed is not None and not (Path(o.data) / "manifest.csv").is_file():
-        code = "import data, pathlib, sys; data.draw_folder(pathlib.Path(sys.argv[1]), 1000, {})"
-        command = [sys.executable, "-c", code.format(o.draw_seed), str(Path(o.data).resolve())]
-        subprocess.run(command, cwd=ROOT, check=True)
-    curves, verdicts, first = [], {}, {}
-    for seed in o.seeds:
-        run = ROOT / "runs" / f"study-{o.name}-{seed}"
-        command = [sys.executable, str(ROOT / "SSRL.py"), "--config", o.config, "--data", o.data]
-        command += ["--seed", str(seed), "--output-dir", str(run)]
-        subprocess.run(command + more, check=True)
-        first, seen = read_log(run)
-        log_k = math.log(first["options"]["out_dim"])
-        curves.append(seen)
-        verdicts[f"seed {seed}"] = judge(seen, log_k)
-        knn = {"untrained": score(run, "checkpoint-0000.pth", o.test_data)}
-        verdicts[f"seed {seed}"]["knn"] = knn | {"trained": score(run, "", o.test_data)}
-        print(json.dumps(verdicts[f"seed {seed}"], indent=2))
-    versions = first["versions"]
-    title = f"{o.name}: {o.config}, {len(o.seeds)} seeds, {versions['device']}"
-    draw(curves, log_k, title, ROOT / "docs" / f"scratch-{o.name}.png")
-    pairs = [verdict["knn"] for verdict in verdicts.values()]
-    gains = [p["trained"]["qwk"]["value"] - p["untrained"]["qwk"]["value"] for p in pairs]
-    verdicts["gain in QWK"] = {"mean": float(np.mean(gains)), "std": float(np.std(gains, ddof=1))}
-    about = {
-        "options": first["options"] | {"data": Path(o.data).name},
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    """Train the seeds one after another, judge and draw them."""
+    options, more = parse_arguments()
+    folder = Path(options.data)
+    if options.draw_seed is not None and not (folder / "manifest.csv").is_file():
+        draw_folder(folder.resolve(), DRAWN, options.draw_seed)
+
+    seeds = {}
+    verdicts = {}
+    for seed in options.seeds:
+        run = train(seed, options, more)
+        first_line, seeds[seed] = read_log(run)
+        log_k = math.log(first_line["options"]["out_dim"])
+        verdict = judge(seeds[seed], log_k)
+        verdict["knn"] = {
+            "untrained": score(run, UNTRAINED, options.test_data),
+            "trained": score(run, "", options.test_data),
+        }
+        print(json.dumps(verdict, indent=2))
+        verdicts[f"seed {seed}"] = verdict
+
+    # All seeds share the options and versions of the last one, but for the seed itself.
+    versions = first_line["versions"]
+    title = f"{options.name}: {options.config}, {len(seeds)} seeds, {versions['device']}"
+    draw(seeds, log_k, title, ROOT / "docs" / f"scratch-{options.name}.png")
+    verdicts["gain in QWK"] = gain_in_qwk(list(verdicts.values()))
+    results = {
+        "options": {**first_line["options"], "data": folder.name},
         "versions": versions,
         "verdicts": verdicts,
     }
-    path = ROOT / "benchmarks" / "results" / f"scratch-{o.name}.json"
+    path = ROOT / "benchmarks" / "results" / f"scratch-{options.name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(about, indent=2) + "\n")
+    path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
