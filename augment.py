@@ -4,6 +4,7 @@ Geometry runs in the loader's workers on uint8 tensors. Colour runs on the devic
 a batch at once; its parameters are drawn in the worker, from a generator keyed by (seed, epoch,
 image), so that nothing depends on the number of workers or on the device.
 Strengths are DINO's (arXiv 2104.14294, appendix; BYOL's before it).
+Shapes: B batch, V local views.
 """
 
 from __future__ import annotations
@@ -12,23 +13,83 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's grey
+from utils import Bounds, InputError
+
+# Grey as Pillow has it (ITU-R 601), and the colour space in which hue is an angle.
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 RGB_TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=np.float32)
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
-COLOR, GREY = np.eye(3, dtype=np.float32), np.outer(np.ones(3, dtype=np.float32), LUMA)
+COLOR = np.eye(3, dtype=np.float32)
+GREY = np.outer(np.ones(3, dtype=np.float32), LUMA)
+
 # What turning YIQ's chroma plane by an angle makes of RGB: KEPT + cos COSINE + sin SINE.
-KEPT, COSINE = (YIQ_TO_RGB @ np.diag(kept) @ RGB_TO_YIQ for kept in ([1, 0, 0], [0, 1, 1]))
+KEPT = YIQ_TO_RGB @ np.diag([1, 0, 0]) @ RGB_TO_YIQ
+COSINE = YIQ_TO_RGB @ np.diag([0, 1, 1]) @ RGB_TO_YIQ
 SINE = YIQ_TO_RGB @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ RGB_TO_YIQ
+
 BLUR_RADIUS = 6  # pixels each side: three of the largest sigma, 2
+NO_SOLARIZE = 2.0  # a threshold that no pixel reaches
 CACHE = 2**18  # numbers in fp32 that, a few times over, fit a core's cache
 
+Window = tuple[int, int, int, int]  # top, left, height, width in pixels
 
+
+# ----------------------------------------------------------------------------------------- options
+@dataclass
+class ViewOptions:
+    """How a random view may be turned; a fundus photograph has no up, but for the optic disc."""
+
+    flip_vertical: bool = True
+    """Flip random crops upside down half the time."""
+    rotation: Annotated[float, Bounds(0, 180)] = 0.0
+    """Turn random crops by up to this many degrees either way."""
+
+
+@dataclass
+class MultiCropOptions(ViewOptions):
+    """The views of self-supervised training."""
+
+    global_crop_size: Annotated[int, Bounds(1, 4096)] = 224
+    """Side of the 2 global crops in pixels."""
+    local_crop_size: Annotated[int, Bounds(1, 4096)] = 96
+    """Side of the local crops in pixels."""
+    global_crops_scale: Annotated[tuple[float, float], Bounds(1e-4, 1)] = (0.4, 1.0)
+    """Least and largest share of the photograph's area that a global crop holds."""
+    local_crops_scale: Annotated[tuple[float, float], Bounds(1e-4, 1)] = (0.05, 0.4)
+    """Least and largest share of the photograph's area that a local crop holds."""
+    local_crops_number: Annotated[int, Bounds(0, 100)] = 6
+    """Local crops of each photograph."""
+    color_strength: Annotated[float, Bounds(0, 2.5)] = 1.0
+    """Multiplies DINO's colour jitter (0.4 brightness, 0.4 contrast, 0.2 saturation, 0.1 hue)."""
+    blur_sigma: Annotated[tuple[float, float], Bounds(1e-3, 2)] = (0.1, 2.0)
+    """Least and largest blur of a crop, as a Gaussian's sigma in pixels."""
+
+    def check_views(self, patch_size: int) -> None:
+        """Raise InputError for pairs out of order and crops that patches do not tile."""
+        for name in ("global_crops_scale", "local_crops_scale", "blur_sigma"):
+            least, largest = getattr(self, name)
+            if least > largest:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {least} {largest}: expected the smaller number first")
+        for name in ("global_crop_size", "local_crop_size"):
+            size = getattr(self, name)
+            if size % patch_size:
+                flag = "--" + name.replace("_", "-")
+                near = max(1, round(size / patch_size)) * patch_size
+                raise InputError(
+                    f"{flag} {size}: expected a multiple of the patch size {patch_size}, "
+                    f"such as {near}"
+                )
+
+
+# -------------------------------------------------------------------------------- views of an image
 @dataclass(frozen=True)
 class ViewRecipe:
     """How the views of one kind are drawn (global 1, global 2 or local)."""
@@ -41,36 +102,27 @@ class ViewRecipe:
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Draws 2 global and V local views of a photograph; the fields are SSRL.py's options.
+    """Draws 2 global and V local views of a photograph."""
 
-    `flip_vertical` and `rotation` (degrees, either way) suit fundus photographs, which have no
-    canonical orientation up to the side of the optic disc.
-    """
-
-    global_crop_size: int = 224
-    local_crop_size: int = 96
-    global_crops_scale: tuple[float, float] = (0.4, 1.0)
-    local_crops_scale: tuple[float, float] = (0.05, 0.4)
-    local_crops_number: int = 6
-    flip_vertical: bool = False
-    rotation: float = 0.0
-    color_strength: float = 1.0  # multiplies the jitter of brightness, contrast, saturation, hue
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-
-    @property
-    def min_side(self) -> int:
-        """Side of the smallest photograph (square) of which no crop is enlarged."""
-        narrow = ((r.size, math.sqrt(r.scale[0] * 3 / 4)) for r in self.recipes)  # at 3 to 4
-        return math.ceil(max(size / share for size, share in narrow))
+    options: MultiCropOptions
 
     @property
     def recipes(self) -> list[ViewRecipe]:
         """One recipe a view, global ones first."""
-        size, scale = self.global_crop_size, self.global_crops_scale
-        local = ViewRecipe(self.local_crop_size, self.local_crops_scale, blur=0.5, solarize=0.0)
-        first = ViewRecipe(size, scale, blur=1.0, solarize=0.0)
-        second = ViewRecipe(size, scale, blur=0.1, solarize=0.2)
-        return [first, second] + [local] * self.local_crops_number
+        o = self.options
+        first = ViewRecipe(o.global_crop_size, o.global_crops_scale, blur=1.0, solarize=0.0)
+        second = ViewRecipe(o.global_crop_size, o.global_crops_scale, blur=0.1, solarize=0.2)
+        local = ViewRecipe(o.local_crop_size, o.local_crops_scale, blur=0.5, solarize=0.0)
+        return [first, second] + [local] * o.local_crops_number
+
+    @property
+    def min_side(self) -> int:
+        """Side of the smallest photograph (square) of which no crop is enlarged."""
+        sides = []
+        for recipe in self.recipes:
+            narrowest = math.sqrt(recipe.scale[0] * 3 / 4)  # a crop's aspect goes down to 3 to 4
+            sides.append(recipe.size / narrowest)
+        return math.ceil(max(sides))
 
     def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
         """Return the views of a uint8 photograph (3, h, w) for a key of non-negative integers.
@@ -81,32 +133,56 @@ class MultiCrop:
         rng = np.random.default_rng(key)
         crops, colors = [], []
         for recipe in self.recipes:
-            crop = self._geometry(photograph, recipe, rng)
-            mean = crop.float().mean(dim=(1, 2)).numpy() / 255
+            crop = self._draw_crop(photograph, recipe, rng)
             crops.append(crop)
-            row = draw_color(mean, self.color_strength, rng)
-            sigma = rng.uniform(*self.blur_sigma) if rng.random() < recipe.blur else 0.0
-            threshold = 0.5 if rng.random() < recipe.solarize else 2.0  # 2: no pixel reaches it
-            colors.append(np.array([*row, sigma, threshold], dtype=np.float32))
-        empty = torch.empty(0, 3, self.local_crop_size, self.local_crop_size, dtype=torch.uint8)
-        return {
+            colors.append(self._draw_color(crop, recipe, rng))
+        item = {
             "global": torch.stack(crops[:2]),
-            "local": torch.stack(crops[2:]) if self.local_crops_number else empty,
+            "local": self._stack_local(crops[2:]),
             "color": torch.from_numpy(np.stack(colors)),
         }
+        return item
 
-    def _geometry(self, photograph: Tensor, recipe: ViewRecipe, rng: np.random.Generator) -> Tensor:
+    def _stack_local(self, crops: list[Tensor]) -> Tensor:
+        size = self.options.local_crop_size
+        return torch.stack(crops) if crops else torch.empty(0, 3, size, size, dtype=torch.uint8)
+
+    def _draw_crop(
+        self, photograph: Tensor, recipe: ViewRecipe, rng: np.random.Generator
+    ) -> Tensor:
+        """Cut one view, turned and flipped at random."""
         window = draw_window(photograph.shape[-2:], recipe.scale, rng)
-        angle = rng.uniform(-self.rotation, self.rotation) if self.rotation else 0.0
+        rotation = self.options.rotation
+        angle = rng.uniform(-rotation, rotation) if rotation else 0.0
         crop = cut(photograph, window, recipe.size, angle)
-        axes = (-1, -2) if self.flip_vertical else (-1,)
-        turned = [axis for axis in axes if rng.random() < 0.5]
-        return crop.flip(turned) if turned else crop
+        return flip_at_random(crop, rng, vertical=self.options.flip_vertical)
+
+    def _draw_color(self, crop: Tensor, recipe: ViewRecipe, rng: np.random.Generator) -> np.ndarray:
+        """Draw what `apply_color` does to a crop: float32 (14,)."""
+        mean = crop.float().mean(dim=(1, 2)).numpy() / 255
+        matrix_and_offset = draw_color(mean, self.options.color_strength, rng)
+        sigma = 0.0
+        if rng.random() < recipe.blur:
+            sigma = rng.uniform(*self.options.blur_sigma)
+        threshold = NO_SOLARIZE
+        if rng.random() < recipe.solarize:
+            threshold = 0.5
+        return np.array([*matrix_and_offset, sigma, threshold], dtype=np.float32)
+
+
+def flip_at_random(crop: Tensor, rng: np.random.Generator, *, vertical: bool) -> Tensor:
+    """Flip a crop (3, h, w) left to right half the time and, if `vertical`, upside down too."""
+    turned = []
+    if rng.random() < 0.5:
+        turned.append(-1)
+    if vertical and rng.random() < 0.5:
+        turned.append(-2)
+    return crop.flip(turned) if turned else crop
 
 
 def draw_window(
     shape: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+) -> Window:
     """Draw a crop window (top, left, height, width) as torchvision's RandomResizedCrop does.
 
     Area share uniform in `scale`, aspect log-uniform in 3/4 to 4/3; after 10 misses the middle.
@@ -115,20 +191,25 @@ def draw_window(
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+            top = int(rng.integers(height - h + 1))
+            left = int(rng.integers(width - w + 1))
+            return top, left, h, w
+    h = min(height, round(width * 4 / 3))
+    w = min(width, round(height * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """Resize uint8 (3, h, w) with antialiased bicubic, equal to Pillow's within rounding."""
-    batch = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)  # its fast path
+    # torch has its fast path for uint8 images whose channels lie side by side.
+    batch = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True).squeeze(0)
 
 
-def cut(image: Tensor, window: tuple[int, int, int, int], size: int, angle: float = 0.0) -> Tensor:
+def cut(image: Tensor, window: Window, size: int, angle: float = 0.0) -> Tensor:
     """Cut a window, turned by `angle` degrees about its middle, and resize it to (3, size, size).
 
     What a turned window sees beyond the photograph is black, as is a fundus photograph's surround.
@@ -136,12 +217,21 @@ def cut(image: Tensor, window: tuple[int, int, int, int], size: int, angle: floa
     top, left, h, w = window
     if not angle:
         return resize(image[:, top : top + h, left : left + w], size, size).contiguous()
-    # stretched to a square and then turned, a window needs this much more on every side
-    more = abs(math.sin(math.radians(angle))) + abs(math.cos(math.radians(angle))) - 1
-    pad_h, pad_w = (math.ceil(side * more / 2 - 1e-6) for side in (h, w))
-    tall, wide, y, x = h + 2 * pad_h, w + 2 * pad_w, top - pad_h, left - pad_w
+
+    # Stretched to a square and then turned, a window needs this much more on every side.
+    turn = math.radians(angle)
+    more = abs(math.sin(turn)) + abs(math.cos(turn)) - 1
+    pad_h = math.ceil(h * more / 2 - 1e-6)
+    pad_w = math.ceil(w * more / 2 - 1e-6)
+    tall = h + 2 * pad_h
+    wide = w + 2 * pad_w
+
+    # What of the wider window lies in the photograph, and black where it does not.
+    y = top - pad_h
+    x = left - pad_w
     around = image[:, max(y, 0) : max(y + tall, 0), max(x, 0) : max(x + wide, 0)]
-    pad_y, pad_x = max(-y, 0), max(-x, 0)
+    pad_y = max(-y, 0)
+    pad_x = max(-x, 0)
     padding = (pad_x, wide - around.shape[2] - pad_x, pad_y, tall - around.shape[1] - pad_y)
     around = resize(F.pad(around, padding), round(tall * size / h), round(wide * size / w))
     return _rotate_and_crop(around, angle, size)
@@ -153,6 +243,7 @@ def _rotate_and_crop(image: Tensor, angle: float, size: int) -> Tensor:
     height, width = image.shape[-2:]
     steps = (torch.arange(size) + 0.5) - size / 2  # pixels from the middle
     dy, dx = torch.meshgrid(steps, steps, indexing="ij")
+    # grid_sample counts from -1 to 1 over the image's sides.
     x = (dx * math.cos(radians) - dy * math.sin(radians)) * 2 / width
     y = (dx * math.sin(radians) + dy * math.cos(radians)) * 2 / height
     grid = torch.stack([x, y], dim=-1).unsqueeze(0)
@@ -166,21 +257,28 @@ def draw_color(mean: np.ndarray, strength: float, rng: np.random.Generator) -> n
     Jitter (0.4, 0.4, 0.2, 0.1) with probability 0.8 in random order, then grey with 0.2. Each is an
     affine map of RGB (hue turns the chroma plane of YIQ), and so is their product: one matrix.
     """
-    matrix, offset = COLOR, np.zeros(3, dtype=np.float32)
+    matrix = COLOR
+    offset = np.zeros(3, dtype=np.float32)
     if rng.random() < 0.8:
-        factors = 1 + strength * rng.uniform(-1, 1, 3) * (0.4, 0.4, 0.2)
+        brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3) * (0.4, 0.4, 0.2)
         hue = strength * rng.uniform(-0.1, 0.1) * 2 * math.pi
         for change in rng.permutation(4):
-            if change == 0:  # brightness
-                matrix, offset = matrix * factors[0], offset * factors[0]
-            elif change == 1:  # contrast, about the crop's mean grey
+            if change == 0:
+                matrix = matrix * brightness
+                offset = offset * brightness
+            elif change == 1:  # about the mean grey of the crop as it is by then
                 grey = LUMA @ (matrix @ mean + offset)
-                matrix, offset = matrix * factors[1], offset * factors[1] + (1 - factors[1]) * grey
+                matrix = matrix * contrast
+                offset = offset * contrast + (1 - contrast) * grey
+            elif change == 2:
+                matrix = _saturation(saturation) @ matrix
+                offset = _saturation(saturation) @ offset
             else:
-                step = _saturation(factors[2]) if change == 2 else _hue(hue)
-                matrix, offset = step @ matrix, step @ offset
+                matrix = _hue(hue) @ matrix
+                offset = _hue(hue) @ offset
     if rng.random() < 0.2:
-        matrix, offset = _saturation(0.0) @ matrix, _saturation(0.0) @ offset
+        matrix = _saturation(0.0) @ matrix
+        offset = _saturation(0.0) @ offset
     return np.concatenate([matrix.ravel(), offset]).astype(np.float32)
 
 
@@ -194,46 +292,56 @@ def _hue(angle: float) -> np.ndarray:
     return KEPT + math.cos(angle) * COSINE + math.sin(angle) * SINE
 
 
-def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Change colour, blur, solarize and normalise a batch on its device.
-
-    `crops` is uint8 (B, 3, h, w) on the device, `color` float32 (B, 14) on the CPU as drawn, `mean`
-    and `std` (3,) on the device. Returns float32 (B, 3, h, w).
-    """
-    some = len(crops) if crops.is_cuda else max(1, CACHE // crops[0].numel())
-    parts = zip(crops.split(some), color.split(some), strict=True)
-    return torch.cat([_color(images, rows, mean, std) for images, rows in parts])
-
-
-@functools.cache
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on a device, brought there once: a GPU would be waited for."""
-    return torch.tensor(values, device=device)
-
-
 def color_views(
     batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
 ) -> list[Tensor]:
     """Bring a batch of MultiCrop's items to the device, coloured and normalised.
 
     Returns a tensor for each resolution, views as the outer dimension: (2 B, 3, G, G), and
-    (V B, 3, L, L) if V is not 0. `mean` and `std` are RGB's, 0 to 1.
+    (V B, 3, L, L) if V is not 0.
+    `mean` and `std` are RGB's, 0 to 1.
     """
-    center, spread = (_constant(tuple(v), device) for v in (mean, std))
+    center = _constant(tuple(mean), device)
+    spread = _constant(tuple(std), device)
     crops = []
-    for kind, color in (("global", batch["color"][:, :2]), ("local", batch["color"][:, 2:])):
+    for kind, colors in (("global", batch["color"][:, :2]), ("local", batch["color"][:, 2:])):
         images = batch[kind].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
         if len(images):
-            crops.append(apply_color(images, color.transpose(0, 1).flatten(0, 1), center, spread))
+            rows = colors.transpose(0, 1).flatten(0, 1)
+            crops.append(apply_color(images, rows, center, spread))
     return crops
 
 
-def _color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers on a device, brought there once: a GPU would be waited for each time."""
+    return torch.tensor(values, device=device)
+
+
+def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Change colour, blur, solarize and normalise a batch on its device.
+
+    `crops` is uint8 (B, 3, h, w) on the device, `color` float32 (B, 14) on the CPU as drawn, `mean`
+    and `std` (3,) on the device. Returns float32 (B, 3, h, w).
+    """
+    # A CPU takes as many crops at a time as its cache holds, a GPU all of them.
+    at_a_time = len(crops)
+    if not crops.is_cuda:
+        at_a_time = max(1, CACHE // crops[0].numel())
+    parts = zip(crops.split(at_a_time), color.split(at_a_time), strict=True)
+    return torch.cat([_color_part(images, rows, mean, std) for images, rows in parts])
+
+
+def _color_part(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Do what `apply_color` says, for all crops at once."""
     rows = color.to(crops.device, non_blocking=True)
-    matrix, offset = rows[:, :9].view(-1, 3, 3), rows[:, 9:12].view(-1, 3, 1)
+    matrix = rows[:, :9].view(-1, 3, 3)
+    offset = rows[:, 9:12].view(-1, 3, 1)
     images = torch.baddbmm(offset, matrix / 255, crops.float().flatten(2))
     images = images.clamp_(0, 1).view(crops.shape)
-    blurred = (color[:, 12] > 0).nonzero().squeeze(1)  # on the CPU: no wait for the device
+
+    # Which crops are blurred or solarized is asked of the CPU's copy, so that no GPU is waited for.
+    blurred = (color[:, 12] > 0).nonzero().squeeze(1)
     if len(blurred):
         index = blurred.to(crops.device, non_blocking=True)
         images[index] = gaussian_blur(images[index], color[blurred, 12])
@@ -241,7 +349,8 @@ def _color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     if len(solarized):
         index = solarized.to(crops.device, non_blocking=True)
         chosen = images[index]
-        images[index] = torch.where(chosen >= rows[index, 13].view(-1, 1, 1, 1), 1 - chosen, chosen)
+        threshold = rows[index, 13].view(-1, 1, 1, 1)
+        images[index] = torch.where(chosen >= threshold, 1 - chosen, chosen)
     return images.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
 
 
@@ -250,7 +359,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
     `sigma` (B,) is on the CPU. A kernel reaches 3 sigma, rounded up.
     """
-    steps, reach = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1), torch.ceil(3 * sigma).view(-1, 1)
+    steps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    reach = torch.ceil(3 * sigma).view(-1, 1)
     kernel = torch.exp(-(steps**2) / (2 * sigma.view(-1, 1) ** 2)) * (steps.abs() <= reach)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (B, 13)
     if images.is_cuda:
@@ -261,25 +371,29 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 def _convolve(images: Tensor, kernel: Tensor) -> Tensor:
     """Convolve rows and columns of each image with its symmetric kernel (B, 13)."""
     batch, _, height, width = images.shape
-    kernel, pad = kernel.repeat_interleave(3, dim=0)[:, None], (BLUR_RADIUS,) * 2  # (3 B, 1, 13)
+    per_channel = kernel.repeat_interleave(3, dim=0)[:, None]  # (3 B, 1, 13)
+    pad = (BLUR_RADIUS, BLUR_RADIUS)
     flat = F.pad(images.reshape(1, 3 * batch, height, width), (*pad, 0, 0), mode="replicate")
-    flat = F.conv2d(flat, kernel[:, :, None, :], groups=3 * batch)
+    flat = F.conv2d(flat, per_channel[:, :, None, :], groups=3 * batch)
     flat = F.pad(flat, (0, 0, *pad), mode="replicate")
-    return F.conv2d(flat, kernel[..., None], groups=3 * batch).view_as(images)
+    return F.conv2d(flat, per_channel[..., None], groups=3 * batch).view_as(images)
 
 
 def _add_shifted(images: Tensor, kernel: Tensor, reach: int) -> Tensor:
-    """As `_convolve`, by adding shifted images, which a CPU does faster than such convolutions."""
+    """Do as `_convolve`, by adding shifted images: a CPU is faster at it than at convolutions."""
     weights = kernel[:, BLUR_RADIUS:].T.reshape(-1, len(images), 1, 1, 1)
     for dim, pad in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
-        padded, side = F.pad(images, pad, mode="replicate"), images.shape[dim]
+        padded = F.pad(images, pad, mode="replicate")
+        side = images.shape[dim]
         images = padded.narrow(dim, reach, side) * weights[0]
         for step in range(1, reach + 1):
-            before, after = (padded.narrow(dim, reach + way * step, side) for way in (-1, 1))
+            before = padded.narrow(dim, reach - step, side)
+            after = padded.narrow(dim, reach + step, side)
             images.addcmul_(before + after, weights[step])
     return images
 
 
+# ----------------------------------------------------------------------------- views of evaluations
 @dataclass(frozen=True)
 class WholeView:
     """Evaluation's view: the whole photograph, resized to `image`, uint8 (3, size, size)."""
@@ -300,23 +414,35 @@ class PaperView:
 
 @dataclass(frozen=True)
 class ProbeView:
-    """The published linear probe's training view: a crop of area 0.08-1, flipped or not."""
+    """A linear probe's random training view: a crop of area 0.08-1, flipped and turned or not.
+
+    The defaults are the published probe's, torchvision's RandomResizedCrop and a flip left to
+    right.
+    """
 
     size: int = 224
+    flip_vertical: bool = False
+    rotation: float = 0.0  # degrees, either way
 
     def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
         rng = np.random.default_rng(key)
-        crop = cut(photograph, draw_window(photograph.shape[-2:], (0.08, 1.0), rng), self.size)
-        return {"image": crop.flip(-1) if rng.random() < 0.5 else crop}
+        window = draw_window(photograph.shape[-2:], (0.08, 1.0), rng)
+        angle = rng.uniform(-self.rotation, self.rotation) if self.rotation else 0.0
+        crop = cut(photograph, window, self.size, angle)
+        return {"image": flip_at_random(crop, rng, vertical=self.flip_vertical)}
 
 
 def contact_sheet(items: list[dict[str, Tensor]]) -> np.ndarray:
     """Lay out MultiCrop's items for the eye, coloured: uint8 (h, w, 3), a photograph a row."""
-    rows, zero, one = [], torch.zeros(3), torch.ones(3)
+    black = torch.zeros(3)
+    white = torch.ones(3)
+    rows = []
     for item in items:
-        pairs = zip([*item["global"], *item["local"]], item["color"], strict=True)
-        views = [apply_color(crop[None], row[None], zero, one)[0] for crop, row in pairs]
-        side = views[0].shape[-1]
-        padded = [F.pad(v, (0, side - v.shape[-1], 0, side - v.shape[-2])) for v in views]
-        rows.append(torch.cat(padded, dim=2))
-    return (torch.cat(rows, dim=1).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+        views = []
+        for crop, color in zip([*item["global"], *item["local"]], item["color"], strict=True):
+            view = apply_color(crop[None], color[None], black, white)[0]
+            side = views[0].shape[-1] if views else view.shape[-1]  # the first one is the largest
+            views.append(F.pad(view, (0, side - view.shape[-1], 0, side - view.shape[-2])))
+        rows.append(torch.cat(views, dim=2))
+    sheet = torch.cat(rows, dim=1).clamp(0, 1) * 255
+    return sheet.byte().permute(1, 2, 0).numpy()

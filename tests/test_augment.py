@@ -14,10 +14,25 @@ from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 
 import augment
-from augment import MultiCrop, apply_color, cut, draw_color, draw_window, gaussian_blur, resize
+from augment import (
+    MultiCropOptions,
+    apply_color,
+    cut,
+    draw_color,
+    draw_window,
+    gaussian_blur,
+    resize,
+)
+from utils import InputError
 
 ZERO, ONE = torch.zeros(3), torch.ones(3)
 GREY = torch.tensor([0.299, 0.587, 0.114])
+
+
+def multi_crop(whole=224, part=96, **changed):
+    """Views of these sizes, not flipped upside down unless told."""
+    sizes = {"global_crop_size": whole, "local_crop_size": part, "flip_vertical": False}
+    return augment.MultiCrop(MultiCropOptions(**{**sizes, **changed}))
 
 
 def to_pil(image):
@@ -64,7 +79,12 @@ def middle():
 
 
 @pytest.mark.parametrize(
-    "crops", [MultiCrop(), MultiCrop(96, 64, (0.1, 1.0), (0.3, 0.5)), MultiCrop(64, 64)]
+    "crops",
+    [
+        multi_crop(),
+        multi_crop(96, 64, global_crops_scale=(0.1, 1.0), local_crops_scale=(0.3, 0.5)),
+        multi_crop(64, 64),
+    ],
 )
 def test_no_crop_of_a_photograph_of_the_least_side_is_enlarged(monkeypatch, crops):
     """Windows as they are drawn; some of a photograph a tenth smaller are enlarged."""
@@ -85,7 +105,7 @@ def test_no_crop_of_a_photograph_of_the_least_side_is_enlarged(monkeypatch, crop
 
 @pytest.mark.parametrize("number", [0, 1, 6])
 def test_sizes_and_number_of_views(photograph, number):
-    item = MultiCrop(40, 24, local_crops_number=number)(photograph, (0, 0, 0))
+    item = multi_crop(40, 24, local_crops_number=number)(photograph, (0, 0, 0))
     assert item["global"].shape == (2, 3, 40, 40) and item["global"].dtype == torch.uint8
     assert item["local"].shape == (number, 3, 24, 24) and item["local"].dtype == torch.uint8
     assert item["color"].shape == (2 + number, 14) and item["color"].dtype == torch.float32
@@ -93,12 +113,12 @@ def test_sizes_and_number_of_views(photograph, number):
 
 @pytest.mark.parametrize("shape", [(3, 30, 90), (3, 90, 30), (3, 1, 1), (3, 600, 500)])
 def test_photographs_of_any_shape(shape):
-    item = MultiCrop(32, 16, rotation=20.0)(torch.full(shape, 9, dtype=torch.uint8), (1,))
+    item = multi_crop(32, 16, rotation=20.0)(torch.full(shape, 9, dtype=torch.uint8), (1,))
     assert item["global"].shape == (2, 3, 32, 32) and item["local"].shape == (6, 3, 16, 16)
 
 
 def test_views_depend_on_the_key_alone(photograph):
-    crops = MultiCrop(32, 16, rotation=15.0, flip_vertical=True)
+    crops = multi_crop(32, 16, rotation=15.0, flip_vertical=True)
     first = crops(photograph, (1, 2, 3))
     torch.rand(1), np.random.random(1)
     again = crops(photograph, (1, 2, 3))
@@ -152,7 +172,9 @@ def test_scales_and_angles_are_those_of_the_options(monkeypatch, photograph):
     monkeypatch.setattr(augment, "draw_window", note_window)
     monkeypatch.setattr(augment, "cut", note_cut)
     for key in range(20):
-        MultiCrop(16, 8, (0.5, 0.9), (0.1, 0.2), 3, rotation=20.0)(photograph, (key,))
+        scales_of = {"global_crops_scale": (0.5, 0.9), "local_crops_scale": (0.1, 0.2)}
+        crops = multi_crop(16, 8, local_crops_number=3, rotation=20.0, **scales_of)
+        crops(photograph, (key,))
     assert scales == ([(0.5, 0.9)] * 2 + [(0.1, 0.2)] * 3) * 20
     assert -20 <= min(angles) < -14 and 14 < max(angles) <= 20
 
@@ -162,7 +184,7 @@ def test_flips():
     images = {"horizontal": ramp, "vertical": ramp.transpose(1, 2).contiguous()}
 
     def share(image, axis, vertical):
-        crops = MultiCrop(8, 8, local_crops_number=0, flip_vertical=vertical)
+        crops = multi_crop(8, 8, local_crops_number=0, flip_vertical=vertical)
         turned = 0
         for key in range(300):
             view = crops(image, (key,))["global"].float()
@@ -337,7 +359,7 @@ def test_normalisation_equals_torchvision(middle):
 def test_probabilities_are_those_of_dino():
     """Blur 1, 0.1, 0.5; solarize 0, 0.2, 0; grey 0.2; jitter 0.8, each within 4 deviations."""
     photo, count = torch.randint(0, 255, (3, 12, 12)).byte(), 2500
-    crops = MultiCrop(8, 8, local_crops_number=1)
+    crops = multi_crop(8, 8, local_crops_number=1)
     color = torch.stack([crops(photo, (key,))["color"] for key in range(count)]).double()
     blurred, solarized = color[:, :, 12] > 0, color[:, :, 13] <= 1
     matrix = color[:, :, :9].view(count, 3, 3, 3)
@@ -368,6 +390,24 @@ def test_jitter_spreads_as_torchvisions(middle):
         pair = [measure(torch.einsum("c,bchw->bhw", GREY, x)).numpy() for x in (found, expected)]
         changed = [v[abs(v - np.median(v)) > 2e-3] for v in pair]  # rounding moves the unchanged
         assert ks_2samp(*changed).pvalue > 1e-3
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"global_crops_scale": (0.9, 0.4)}, "--global-crops-scale 0.9 0.4: expected the smaller"),
+        ({"blur_sigma": (1.0, 0.5)}, "--blur-sigma 1.0 0.5: expected the smaller"),
+        ({"local_crop_size": 100}, "--local-crop-size 100: .* patch size 16, such as 96"),
+        ({"global_crop_size": 4}, "--global-crop-size 4: .* such as 16"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(changed, message):
+    MultiCropOptions().check_views(16)
+    with pytest.raises(InputError, match=message):
+        MultiCropOptions(**changed).check_views(16)
 
 
 # ------------------------------------------------------------------------------------ other views
