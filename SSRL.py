@@ -7,18 +7,18 @@
 A student sees 2 global and V local crops of every photograph, a teacher the global ones; the
 student learns to match the teacher, which is the moving average of the student (DINO, arXiv
 2104.14294; for diabetic retinopathy arXiv 2410.00779). Writes runs/NAME/: config.yaml, log.jsonl,
-checkpoint*.pth, backbone.safetensors, crops.png. Shapes: B batch, V local views, K prototypes.
+checkpoint*.pth, backbone.safetensors, crops.png.
+Shapes: B batch, V local views, D width, K prototypes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import timm.optim
 import torch
@@ -33,167 +33,236 @@ import losses
 import run_folder
 import utils
 import vision_transformer as vit
-from augment import MultiCrop, color_views, contact_sheet
-from data import PhotographDataset as Dataset
-from features import Watched
-from fundus import metrics
-from run_folder import save_torch
-from utils import Diverged, RunOptions, Stopped, log
+from augment import MultiCrop, MultiCropOptions, color_views, contact_sheet
+from utils import Bounds, Diverged, InputError, RunOptions, Stopped, log
 from weights import load_weights, read_weights, save_backbone
 
 DEMO = utils.HERE / "configs" / "demo.yaml"
 HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
-RESUMABLE = ["workers", "device", "checkpointing", "compile"]  # may differ when a run is resumed
-RESUMABLE += ["log_every", "save_minutes", "keep_every", "knn_every"]  # and --epochs may grow
+# These may differ when a run is resumed, and --epochs may grow.
+RESUMABLE = [
+    "workers",
+    "device",
+    "checkpointing",
+    "compile",
+    "log_every",
+    "save_minutes",
+    "keep_every",
+    "knn_every",
+]
 
 
+Epochs = Annotated[int, Bounds(0, 1_000_000)]
+Weight = Annotated[float, Bounds(0, 1000)]
+Temperature = Annotated[float, Bounds(1e-3, 100)]
+BatchSize = Annotated[int, Bounds(1, 100_000), tyro.conf.arg(aliases=("--batch-size-per-gpu",))]
+KeepEvery = Annotated[int, Bounds(0, 1_000_000), tyro.conf.arg(aliases=("--saveckp-freq",))]
+
+
+# ----------------------------------------------------------------------------------------- options
 @dataclass
-class Options(data.DataOptions, RunOptions):
+class Options(MultiCropOptions, data.DataOptions, RunOptions):
     """Self-supervised training; the defaults are configs/eyepacs_vits16.yaml."""
 
-    arch: vit.Arch = "vit_small"  # Backbone.
-    patch_size: int = 16  # Side of a patch in pixels; the paper uses 8 and 16.
-    init: str = "timm:vit_small_patch16_224.dino"  # Weights to start from, or none (from scratch).
-    checkpoint_key: Literal["teacher", "student"] = "teacher"  # Which network of an --init file.
-    epochs: int = 100  # Passes over the training photographs.
-    batch_size: Annotated[int, tyro.conf.arg(aliases=("--batch-size-per-gpu",))] = 64
+    arch: str = "vit_small"
+    """Backbone: vit_pico, vit_nano, vit_tiny, vit_small, vit_small_h12, vit_base, vit_large, or
+    any ViT of timm by its name."""
+    patch_size: Annotated[int, Bounds(0, 256)] = 0
+    """Side of a patch in pixels, 8 and 16 in the paper; 0: the architecture's own, 16 for the
+    short names."""
+    init: str = "timm:vit_small_patch16_224.dino"
+    """Weights to start from: a run folder, a file, timm:NAME (downloads), or none."""
+    checkpoint_key: Literal["teacher", "student"] = "teacher"
+    """Which network of an --init file that holds both."""
+    epochs: Annotated[int, Bounds(1, 1_000_000)] = 100
+    """Passes over the training photographs."""
+    batch_size: BatchSize = 64
     """Photographs of a micro-batch, for each process."""
-    accumulate: int = 1  # Micro-batches whose gradients make one step.
-    checkpointing: bool = False  # Keep less for gradients: slower, in less memory.
-    compile: bool = False  # Let torch.compile fuse the networks' small operations, on CUDA.
-    resume: Literal["auto", "never"] = "auto"  # Continue an unfinished run, or refuse to.
-    global_crop_size: int = 224  # Side of the 2 global crops in pixels.
-    local_crop_size: int = 96  # Side of the local crops in pixels.
-    global_crops_scale: tuple[float, float] = (0.4, 1.0)  # Least and largest share of the area.
-    local_crops_scale: tuple[float, float] = (0.05, 0.4)  # The same of local crops.
-    local_crops_number: int = 6  # Local crops of each photograph.
-    flip_vertical: bool = True  # Flip crops upside down half the time.
-    rotation: float = 0.0  # Turn crops by up to this many degrees either way.
-    color_strength: float = 1.0  # Multiplies DINO's colour jitter (0.4, 0.4, 0.2, 0.1).
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # Least and largest blur in pixels of a crop.
-    mean: tuple[float, float, float] = vit.IMAGENET_MEAN  # RGB mean of inputs, 0 to 1.
-    std: tuple[float, float, float] = vit.IMAGENET_STD  # RGB standard deviation of inputs.
-    out_dim: int = 65536  # Prototypes.
-    head_hidden_dim: int = 2048  # Width of the projection head's hidden layers.
-    use_bn_in_head: bool = False  # Batch norm after the projection head's hidden layers.
-    norm_last_layer: bool = True  # Keep the prototypes at length 1.
-    centering: Literal["mean", "sinkhorn"] = "mean"  # What balances the teacher's targets.
-    koleo_weight: float = 0.0  # Of the KoLeo term, which spreads the [CLS]; DINOv2 takes 0.1.
-    student_temp: float = 0.1  # Softmax temperature of the student.
-    teacher_temp: float = 0.04  # The teacher's, after its warm-up.
-    warmup_teacher_temp: float = 0.04  # The teacher's at the start.
-    warmup_teacher_temp_epochs: int = 0  # Epochs over which it goes from one to the other.
-    momentum_teacher: float = 0.996  # Of the teacher's moving average at the start; cosine to 1.
-    drop_path: float = 0.1  # Stochastic depth of the student's last block; from 0 at the first.
-    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"  # Optimizer.
-    lr: float = 5e-4  # Peak learning rate at a global batch of 256; scaled linearly with it.
-    min_lr: float = 1e-6  # Learning rate at the end, not scaled.
-    warmup_epochs: int = 10  # Epochs of linear warm-up of the learning rate.
-    weight_decay: float = 0.04  # At the start; none on biases and norms.
-    weight_decay_end: float = 0.4  # At the end, on a cosine.
-    clip_grad: float = 3.0  # Largest gradient norm of each parameter; 0 does not clip.
-    freeze_last_layer: int = 1  # Epochs at the start in which the prototypes stay as they are.
-    max_bad: float = 0.001  # Share of photographs that may be unreadable; others take their place.
-    knn_every: int = 10  # Epochs between k-NN scores on val, where grades exist; 0: none.
-    log_every: int = 10  # Steps between lines of the log.
-    save_minutes: float = 15.0  # Most minutes between saves; an epoch's end saves too.
-    keep_every: Annotated[int, tyro.conf.arg(aliases=("--saveckp-freq",))] = 20
+    accumulate: Annotated[int, Bounds(1, 10_000)] = 1
+    """Micro-batches whose gradients make one step."""
+    checkpointing: bool = False
+    """Keep less for gradients: slower, in less memory."""
+    compile: bool = False
+    """Let torch.compile fuse the networks' small operations, on CUDA."""
+    resume: Literal["auto", "never"] = "auto"
+    """Continue an unfinished run, or refuse to."""
+    mean: Annotated[tuple[float, ...], Bounds(0, 1)] = ()
+    """RGB mean of the input, 0 to 1; left out, that of the --init weights, else ImageNet's."""
+    std: Annotated[tuple[float, ...], Bounds(1e-3, 1)] = ()
+    """RGB standard deviation of the input; left out, as --mean."""
+    out_dim: Annotated[int, Bounds(2, 10_000_000)] = 65536
+    """Prototypes: the number of the projection head's outputs."""
+    head_hidden_dim: Annotated[int, Bounds(2, 100_000)] = 2048
+    """Width of the projection head's hidden layers."""
+    use_bn_in_head: bool = False
+    """Put batch norm after the projection head's hidden layers."""
+    norm_last_layer: bool = True
+    """Keep the prototypes at length 1."""
+    centering: Literal["mean", "sinkhorn"] = "mean"
+    """What balances the teacher's targets: subtracting their mean, or Sinkhorn-Knopp."""
+    koleo_weight: Weight = 0.0
+    """Weight of the KoLeo term, which spreads the [CLS] of photographs; DINOv2 takes 0.1."""
+    student_temp: Temperature = 0.1
+    """Softmax temperature of the student."""
+    teacher_temp: Temperature = 0.04
+    """Softmax temperature of the teacher after its warm-up."""
+    warmup_teacher_temp: Temperature = 0.04
+    """Softmax temperature of the teacher at the start."""
+    warmup_teacher_temp_epochs: Epochs = 0
+    """Epochs over which the teacher's temperature goes from its start to its end."""
+    momentum_teacher: Annotated[float, Bounds(0, 1)] = 0.996
+    """Momentum of the teacher's moving average at the start; it rises to 1 on a cosine."""
+    drop_path: Annotated[float, Bounds(0, 1)] = 0.1
+    """Stochastic depth of the student's last block; it grows from 0 at the first."""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """The optimizer of the student."""
+    lr: Weight = 5e-4
+    """Peak learning rate at a global batch of 256; it is scaled linearly with the batch."""
+    min_lr: Weight = 1e-6
+    """Learning rate at the end, not scaled."""
+    warmup_epochs: Epochs = 10
+    """Epochs of linear warm-up of the learning rate."""
+    weight_decay: Weight = 0.04
+    """Weight decay at the start; biases and norms have none."""
+    weight_decay_end: Weight = 0.4
+    """Weight decay at the end; it goes there on a cosine."""
+    clip_grad: Annotated[float, Bounds(0, 1e6)] = 3.0
+    """Largest gradient norm of each parameter; 0 does not clip."""
+    freeze_last_layer: Epochs = 1
+    """Epochs at the start in which the prototypes stay as they are."""
+    max_bad: Annotated[float, Bounds(0, 1)] = 0.001
+    """Share of photographs that may be unreadable; others take their place."""
+    knn_every: Epochs = 10
+    """Epochs between k-NN scores on val, where grades exist; 0: none."""
+    log_every: Annotated[int, Bounds(1, 1_000_000)] = 10
+    """Steps between lines of the log."""
+    save_minutes: Annotated[float, Bounds(0, 1e9)] = 15.0
+    """Most minutes between saves; an epoch's end saves too."""
+    keep_every: KeepEvery = 20
     """Epochs between checkpoints that are kept, the untrained one first; 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        patch, last, many = self.patch_size, self.epochs, self.batch_size > 1
-        crops, scales = "global_crop_size local_crop_size", "global_crops_scale local_crops_scale"
-        spans = "warmup_epochs warmup_teacher_temp_epochs freeze_last_layer"
-        for names, fits, expected in (
-            ("patch_size epochs batch_size accumulate log_every", lambda v: v >= 1, "1 or more"),
-            ("out_dim head_hidden_dim", lambda v: v >= 2, "2 or more"),
-            ("koleo_weight", lambda v: v == 0 or v > 0 and many, "0, or a batch above 1"),
-            ("accumulate", lambda v: v == 1 or self.centering == "mean", "1 with sinkhorn"),
-            ("lr min_lr weight_decay weight_decay_end", lambda v: 0 <= v < 1e9, "0 or more"),
-            ("color_strength save_minutes", lambda v: v >= 0, "0 or more"),
-            ("local_crops_number knn_every keep_every clip_grad", lambda v: v >= 0, "0 or more"),
-            (crops, lambda v: v > 0 == v % patch, f"a multiple of --patch-size {patch}"),
-            (spans, lambda v: 0 <= v <= last, f"0 to --epochs {last}"),
-            (scales, lambda v: 0 < v[0] <= v[1] <= 1, "0 < least <= largest <= 1"),
-            ("student_temp teacher_temp warmup_teacher_temp", lambda v: v > 0, "above 0"),
-            ("blur_sigma", lambda v: 0 < v[0] <= v[1] <= 2, "0 < least <= largest <= 2"),
-            ("rotation", lambda v: 0 <= v <= 180, "0 to 180 degrees"),
-            ("std", lambda v: min(v) > 0, "numbers above 0"),
-            ("momentum_teacher drop_path max_bad", lambda v: 0 <= v <= 1, "0 to 1"),
-        ):
-            utils.check_options(self, names, fits, expected)
+        own_patch_size = vit.default_patch_size(self.arch)
+        if self.patch_size == 0:
+            self.patch_size = own_patch_size
+        self.check_views(self.patch_size)
+        for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
+            value = getattr(self, name)
+            if value > self.epochs:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {value}: expected 0 to --epochs {self.epochs}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (0, 3):
+                raise InputError(f"--{name}: expected three numbers, for red, green and blue")
+        if self.koleo_weight and self.batch_size == 1:
+            raise InputError("--koleo-weight: expected 0 at a --batch-size of 1, with no neighbour")
+        if self.centering == "sinkhorn" and self.accumulate > 1:
+            raise InputError("--accumulate: expected 1 with --centering sinkhorn")
 
 
 # ----------------------------------------------------------------------------- student and teacher
-class Network(nn.Module):
-    """Backbone and projection head; student and teacher are one each."""
+def build_networks(
+    options: Options, saved_spec: vit.BackboneSpec | None = None
+) -> tuple[vit.Network, vit.Network]:
+    """Return student and teacher with equal weights, from `--init` or from scratch, on the CPU.
 
-    def __init__(self, backbone: vit.Backbone, head: vit.ProjectionHead) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
+    `saved_spec` is that of a checkpoint, whose weights come next: then `--init` is not read.
+    """
+    weights = None
+    if saved_spec is None and options.init != "none":
+        weights = read_weights(options.init, options.checkpoint_key, arch=options.arch)
+    spec = saved_spec
+    if spec is None:
+        used_to = weights.spec if weights else vit.BackboneSpec(options.arch, options.patch_size, 0)
+        spec = replace(
+            used_to,
+            arch=options.arch,
+            patch_size=options.patch_size,
+            image_size=options.global_crop_size,
+            mean=options.mean or used_to.mean,
+            std=options.std or used_to.std,
+        )
 
-    def forward(self, *crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Map crops (V_i B, 3, h, w) to logits (sum V_i B, K) and [CLS] of the first (V_0 B, D)."""
-        cls_tokens = [self.backbone(batch) for batch in crops]
-        return self.head(torch.cat(cls_tokens)), cls_tokens[0]
+    torch.manual_seed(options.seed)
+    backbone = vit.Backbone(spec, options.drop_path)
+    if weights:
+        load_weights(backbone, weights)
+    log.info("backbone: %s, init %s; projection head: from scratch", spec.arch, options.init)
+    head = vit.ProjectionHead(
+        backbone.embed_dim,
+        options.out_dim,
+        options.head_hidden_dim,
+        use_bn=options.use_bn_in_head,
+        norm_last_layer=options.norm_last_layer,
+    )
+
+    # The teacher starts as the student's copy, drops nothing and gets no gradients.
+    teacher = vit.Network(vit.Backbone(spec), copy.deepcopy(head))
+    teacher.backbone.load_state_dict(backbone.state_dict())
+    teacher.requires_grad_(False)
+    return vit.Network(backbone, head), teacher
 
 
+def build_optimizer(student: vit.Network, name: str) -> torch.optim.Optimizer:
+    """Return the optimizer over two groups: decayed weights, then biases and norms."""
+    decayed, plain = [], []
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            group = decayed if parameter.ndim > 1 else plain
+            group.append(parameter)
+    groups = [{"params": decayed}, {"params": plain}]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return timm.optim.Lars(groups, lr=0.0, momentum=0.9)
+
+
+# ----------------------------------------------------------------------------------- state and run
 @dataclass
 class State:
     """All that training changes."""
 
-    student: Network
-    teacher: Network
+    student: vit.Network
+    teacher: vit.Network
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    center: Tensor  # (K,)
+    center: Tensor  # (K,), of the teacher's [CLS] logits
     step: int = 0
     skipped: int = 0  # steps that overflowed in fp16
     best_qwk: float = -1.0  # of the k-NN on val
-    losses: list[Tensor] = field(default_factory=list)  # since the last line of the log
+    history: losses.History = field(default_factory=losses.History)  # since the last log line
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, lists and dicts alone."""
-        return {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in vars(self).items()}
+        content = {}
+        for name, value in vars(self).items():
+            content[name] = value.state_dict() if hasattr(value, "state_dict") else value
+        return content
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         for name in ("student", "teacher", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
         self.center.copy_(saved["center"])
-        self.losses = [loss.to(self.center) for loss in saved["losses"]]
-        self.step, self.skipped, self.best_qwk = (saved[k] for k in ("step", "skipped", "best_qwk"))
+        self.step = saved["step"]
+        self.skipped = saved["skipped"]
+        self.best_qwk = saved["best_qwk"]
+        # A checkpoint from before there were several terms holds the losses of one.
+        if "history" in saved:
+            self.history.load_state_dict(saved["history"], self.center.device)
+        else:
+            self.history.load_state_dict({"loss": saved["losses"]}, self.center.device)
 
 
-def build_networks(o: Options) -> tuple[Network, Network]:
-    """Return student and teacher with equal weights, from `--init` or from scratch, on the CPU."""
-    torch.manual_seed(o.seed)
-    spec = vit.BackboneSpec(o.arch, o.patch_size, o.global_crop_size, o.mean, o.std)
-    backbone = vit.Backbone(spec, o.drop_path)
-    if o.init != "none":
-        weights = read_weights(o.init, o.checkpoint_key)
-        load_weights(backbone, weights)
-        if (weights.spec.mean, weights.spec.std) != (spec.mean, spec.std):
-            log.warning("--init was trained with other --mean and --std: %s", weights.spec)
-    log.info("backbone: %s, init %s; projection head: from scratch", o.arch, o.init)
-    widths = (backbone.embed_dim, o.out_dim, o.head_hidden_dim)
-    use_bn, fixed = o.use_bn_in_head, o.norm_last_layer
-    head = vit.ProjectionHead(*widths, use_bn=use_bn, norm_last_layer=fixed)
-    teacher = Network(vit.Backbone(spec), copy.deepcopy(head))
-    teacher.backbone.load_state_dict(backbone.state_dict())
-    return Network(backbone, head), teacher.requires_grad_(False)
+class Schedules(NamedTuple):
+    """What changes from step to step."""
 
-
-def build_optimizer(student: Network, name: str) -> torch.optim.Optimizer:
-    """Return the optimizer over two groups: decayed weights, then biases and norms."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if (p.ndim > 1) == many]} for many in (True, False)]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return timm.optim.Lars(groups, lr=0.0, momentum=0.9)
+    lr: float
+    weight_decay: float
+    momentum: float  # of the teacher
+    teacher_temp: float
 
 
 @dataclass(frozen=True)
@@ -205,101 +274,190 @@ class Run:
     folder: run_folder.RunFolder
     dtype: torch.dtype | None  # of autocast
     student: nn.Module  # the state's, wrapped where there are several processes
-    steps_per_epoch: int
-    total_steps: int
-    global_batch: int
+    sampler: data.StepSampler
 
-    def schedule(self, step: int) -> dict[str, float]:
-        """Return lr, weight_decay, momentum and teacher_temp: pure functions of the step."""
-        o, epoch, total = self.options, self.steps_per_epoch, self.total_steps
-        peak, warmup = o.lr * self.global_batch / 256, o.warmup_epochs * epoch
-        heating = (o.warmup_teacher_temp_epochs * epoch, o.warmup_teacher_temp, o.teacher_temp)
-        return {
-            "lr": utils.cosine_schedule(step, total, peak, o.min_lr, warmup),
-            "weight_decay": utils.cosine_schedule(step, total, o.weight_decay, o.weight_decay_end),
-            "momentum": utils.cosine_schedule(step, total, o.momentum_teacher, 1.0),
-            "teacher_temp": utils.linear_schedule(step, *heating),
-        }
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.options.epochs * self.sampler.steps_per_epoch
+
+    def schedules(self, step: int) -> Schedules:
+        """Return the schedules' values: pure functions of the step, so that any step can resume."""
+        o = self.options
+        total = self.total_steps
+        epoch = self.sampler.steps_per_epoch
+        peak = o.lr * self.sampler.global_batch / 256
+        heating = o.warmup_teacher_temp_epochs * epoch
+        return Schedules(
+            utils.cosine_schedule(step, total, peak, o.min_lr, o.warmup_epochs * epoch),
+            utils.cosine_schedule(step, total, o.weight_decay, o.weight_decay_end),
+            utils.cosine_schedule(step, total, o.momentum_teacher, 1.0),
+            utils.linear_schedule(step, heating, o.warmup_teacher_temp, o.teacher_temp),
+        )
 
 
-def train_step(state: State, batches: Iterator[list[Tensor]], run: Run) -> dict[str, Any]:
-    """Take one step over `accumulate` micro-batches and return its measurements.
+def build_run(
+    options: Options,
+    processes: devices.Processes,
+    folder: run_folder.RunFolder,
+    sampler: data.StepSampler,
+    saved_spec: vit.BackboneSpec | None = None,
+) -> tuple[State, Run]:
+    """Return the untrained state and the run's constants."""
+    device = processes.device
+    student, teacher = build_networks(options, saved_spec)
+    student.to(device)
+    teacher.to(device)
+    student.backbone.checkpointing = options.checkpointing
+    if options.compile:
+        student.compile()
+        teacher.compile()
+    wrapped = student
+    if processes.world > 1:
+        if options.use_bn_in_head and device.type == "cuda":
+            # Batch norm over all processes; gloo, which serves CPUs, has no kernel for it.
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+        wrapped = devices.distribute(student)
 
-    `batches` gives the crops of each, as `augment.color_views` does. May raise Diverged.
+    dtype = devices.autocast_dtype(options.precision, device)
+    state = State(
+        student,
+        teacher,
+        build_optimizer(student, options.optimizer),
+        torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
+        center=torch.zeros(options.out_dim, device=device),
+    )
+    return state, Run(options, processes, folder, dtype, wrapped, sampler)
+
+
+# ------------------------------------------------------------------------------------------ a step
+class Loss(NamedTuple):
+    """The objective on a micro-batch."""
+
+    total: Tensor  # a scalar, to be differentiated
+    terms: dict[str, Tensor]  # each term by name: a scalar without weight and gradient
+    targets: Tensor  # (2, B, K), the teacher's, of [CLS]
+    means: dict[str, Tensor]  # (K,) of the teacher's logits, by the centre that they move
+
+
+def compute_loss(
+    student: vit.Outputs, teacher: vit.Outputs, state: State, teacher_temp: float, o: Options
+) -> Loss:
+    """Return the weighted sum of all terms of the objective, and each term by its name."""
+    means = {}
+
+    # Self-distillation: each crop of the student against the teacher's other global crop.
+    student_logits = student.cls_logits.unflatten(0, (2 + o.local_crops_number, -1))
+    teacher_logits = teacher.cls_logits.unflatten(0, (2, -1))  # (2, B, K)
+    if o.centering == "sinkhorn":
+        targets = losses.sinkhorn_probs(teacher_logits, teacher_temp)
+    else:
+        targets = losses.centered_probs(teacher_logits, state.center, teacher_temp)
+        means["center"] = losses.batch_mean(teacher_logits)
+    total = losses.distillation_loss(student_logits, targets, o.student_temp)
+    terms = {"loss": total.detach()}
+
+    # KoLeo: the [CLS] of different photographs stay apart, in each of the two global views.
+    if o.koleo_weight:
+        first, second = student.cls_tokens.chunk(2)
+        koleo = losses.koleo_loss(first) + losses.koleo_loss(second)
+        total = total + o.koleo_weight * koleo
+        terms["koleo"] = koleo.detach()
+
+    return Loss(total, terms, targets, means)
+
+
+class StepResult(NamedTuple):
+    """What a step leaves to be logged."""
+
+    schedules: Schedules
+    terms: dict[str, Tensor]  # the losses by name, scalars
+    targets: Tensor  # (2, B, K), the teacher's, of the last micro-batch
+    waited: float  # seconds for the micro-batches
+
+
+def train_step(state: State, batches: Iterator[list[Tensor]], run: Run) -> StepResult:
+    """Take one step over `accumulate` micro-batches.
+
+    Raises Diverged when the loss is not finite, with nothing changed (`apply_gradients`).
     """
-    o, now, device = run.options, run.schedule(state.step), run.processes.device
-    for group, decays in zip(state.optimizer.param_groups, (1, 0), strict=True):
-        group.update(lr=now["lr"], weight_decay=now["weight_decay"] * decays)
-    # what is dropped depends on the step and the process, not on what was drawn before
+    o = run.options
+    schedules = run.schedules(state.step)
+    decayed, plain = state.optimizer.param_groups
+    decayed.update(lr=schedules.lr, weight_decay=schedules.weight_decay)
+    plain.update(lr=schedules.lr, weight_decay=0.0)
+
+    # What stochastic depth drops depends on the step and the process, not on earlier draws, so
+    # that a resumed run drops the same.
     torch.manual_seed((o.seed * 1_000_003 + state.step) * 1024 + run.processes.rank)
-    total, mean, waited = torch.zeros((), device=device), torch.zeros_like(state.center), 0.0
+
+    found: list[Loss] = []
+    waited = 0.0
     for micro in range(o.accumulate):
         started = time.perf_counter()
         crops = next(batches)
         waited += time.perf_counter() - started
-        quiet = run.processes.world > 1 and micro < o.accumulate - 1  # reduce gradients once
-        with run.student.no_sync() if quiet else contextlib.nullcontext():
-            with torch.autocast(device.type, run.dtype, enabled=run.dtype is not None):
+
+        # The teacher sees the global crops, the student all of them.
+        with devices.exchange_gradients(run.student, now=micro == o.accumulate - 1):
+            with devices.autocast(run.processes.device, run.dtype):
                 with torch.no_grad():
-                    teacher_logits = state.teacher(crops[0])[0].unflatten(0, (2, -1))  # (2, B, K)
-                student_logits, cls_tokens = run.student(*crops)
-            student_logits = student_logits.unflatten(0, (2 + o.local_crops_number, -1))
-            if o.centering == "sinkhorn":
-                targets = losses.sinkhorn_probs(teacher_logits, now["teacher_temp"])
-            else:
-                targets = losses.centered_probs(teacher_logits, state.center, now["teacher_temp"])
-                mean += losses.batch_mean(teacher_logits) / o.accumulate
-            loss = losses.distillation_loss(student_logits, targets, o.student_temp) / o.accumulate
-            total += loss.detach()
-            for view in cls_tokens.chunk(2) if o.koleo_weight else ():
-                loss = loss + o.koleo_weight / o.accumulate * losses.koleo_loss(view)
-            state.scaler.scale(loss).backward()
-    if apply_gradients(state, run, losses.all_reduce(total) / run.processes.world):
-        update_teacher(state.teacher, state.student, now["momentum"])
-        if o.centering == "mean":
-            losses.update_center(state.center, mean)
+                    teacher = state.teacher(crops[:1])
+                student = run.student(crops)
+            loss = compute_loss(student, teacher, state, schedules.teacher_temp, o)
+            state.scaler.scale(loss.total / o.accumulate).backward()
+        found.append(loss)
+
+    # The student moves, then the teacher and the centres; none of them where fp16 overflowed.
+    terms = losses.mean_by_name([loss.terms for loss in found])
+    terms = losses.mean_over_processes(terms)
+    if apply_gradients(state, run, terms):
+        update_teacher(state.teacher, state.student, schedules.momentum)
+        for name, mean in losses.mean_by_name([loss.means for loss in found]).items():
+            losses.update_center(getattr(state, name), mean)
     state.step += 1
-    now |= {"step": state.step, "loss": state.losses[-1], "waited": waited}
-    if state.step % o.log_every == 0:
-        check_finite(state.losses, state.step)
-        now |= losses.spread(targets) | {"loss": torch.stack(state.losses).mean()}
-        now |= {"skipped": state.skipped, "memory_gb": devices.peak_memory(device)}
-        state.losses.clear()
-    return now
+    return StepResult(schedules, terms, loss.targets, waited)
+
+
+def apply_gradients(state: State, run: Run, terms: dict[str, Tensor]) -> bool:
+    """Clip and step; False, with nothing changed, when fp16 overflowed. Notes the step's losses.
+
+    On a CPU raises Diverged with nothing changed if loss or gradients are not finite. A GPU would
+    be waited for: it is asked before anything is logged or saved.
+    """
+    o = run.options
+    scaler = state.scaler
+    scaler.unscale_(state.optimizer)
+    norm = clip_gradients(list(state.student.parameters()), o.clip_grad)
+    if not scaler.is_enabled():
+        # Not finite if any gradient is not. An enabled scaler skips such a step by itself.
+        terms["loss"] = terms["loss"] + 0 * norm
+    if norm.device.type == "cpu":
+        check_finite(list(terms.values()), state.step)
+    state.history.add(terms)
+
+    # Fixed prototypes at the start keep the targets from moving as fast as the student.
+    if state.step < o.freeze_last_layer * run.sampler.steps_per_epoch:
+        for parameter in state.student.head.last_layer.parameters():
+            parameter.grad = None
+
+    # The scaler lowers its scale when it has skipped a step that overflowed.
+    scale = scaler.get_scale()
+    scaler.step(state.optimizer)
+    scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    overflowed = scaler.get_scale() < scale
+    if scaler.is_enabled() and scale < 2.0**-24:
+        raise Diverged(f"fp16 overflowed at every scale by step {state.step}: {HINT}")
+    state.skipped += overflowed
+    return not overflowed
 
 
 def check_finite(values: list[Tensor], step: int) -> None:
     """Raise Diverged if one of the losses (scalars) is not finite; waits for their device."""
     if values and not torch.stack(values).isfinite().all():
         raise Diverged(f"loss or gradient not finite by step {step}, none of it kept: {HINT}")
-
-
-def apply_gradients(state: State, run: Run, loss: Tensor) -> bool:
-    """Clip and step; False, with nothing changed, when fp16 overflowed. Notes the step's loss.
-
-    On a CPU raises Diverged with nothing changed if loss or gradients are not finite. A GPU would
-    be waited for: it is asked before anything is logged or saved.
-    """
-    o, last_layer = run.options, state.student.head.last_layer
-    state.scaler.unscale_(state.optimizer)
-    norm = clip_gradients(list(state.student.parameters()), o.clip_grad)
-    if not state.scaler.is_enabled():
-        loss = loss + 0 * norm  # not finite if any gradient is not
-    if loss.device.type == "cpu":
-        check_finite([loss], state.step)
-    state.losses.append(loss)
-    if state.step < o.freeze_last_layer * run.steps_per_epoch:
-        for parameter in last_layer.parameters():
-            parameter.grad = None
-    scale = state.scaler.get_scale()
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    overflowed = state.scaler.get_scale() < scale
-    if state.scaler.is_enabled() and scale < 2.0**-24:
-        raise Diverged(f"fp16 overflowed at every scale by step {state.step}: {HINT}")
-    state.skipped += overflowed
-    return not overflowed
 
 
 @torch.no_grad()
@@ -316,131 +474,148 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Move the teacher: t <- m t + (1 - m) s, for every parameter."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+def update_teacher(teacher: vit.Network, student: vit.Network, momentum: float) -> None:
+    """Move the teacher: t <- m t + (1 - m) s, for every parameter of backbone and head."""
+    for ours, theirs in ((teacher.backbone, student.backbone), (teacher.head, student.head)):
+        torch._foreach_lerp_(list(ours.parameters()), list(theirs.parameters()), 1 - momentum)
 
 
 # ------------------------------------------------------------------------------------------ epochs
-def train(state: State, run: Run, dataset: Dataset, sampler: data.StepSampler) -> None:
+def train(state: State, run: Run, dataset: data.PhotographDataset) -> None:
     """Train from the state's step to the last one, saving as it goes; a signal raises Stopped."""
-    o, per_epoch = run.options, run.steps_per_epoch
-    stop, seen = devices.StopSignal(run.processes), Watched(dataset.manifest, run.dtype, o.workers)
+    o = run.options
+    sampler = run.sampler
+    is_main = run.processes.is_main
+    stop = devices.StopSignal(run.processes)
+    monitor = features.Monitor(dataset.manifest, run.dtype, o.workers)
     sampler.set_range(state.step, run.total_steps)
-    main, device, saved = run.processes.is_main, run.processes.device, time.monotonic()
-    loader = data.training_loader(dataset, sampler, o.workers, device)
-    batches = data.ahead((color_views(b, device, o.mean, o.std) for b in loader), device)
+    batches = load_batches(state, run, dataset)
     progress = run_folder.Progress(
-        run.folder.path, state.step, run.total_steps, run.global_batch, main
+        run.folder.path, state.step, run.total_steps, sampler.global_batch, is_main=is_main
     )
-    if state.step == 0 and main:
-        picture = Image.fromarray(contact_sheet([dataset[k] for k in next(iter(sampler))[:8]]))
+    if state.step == 0 and is_main:
+        # The first crops as a picture, so that a wrong augmentation is seen in minute one.
+        first_crops = contact_sheet([dataset[key] for key in next(iter(sampler))[:8]])
+        picture = Image.fromarray(first_crops)
         utils.write_atomic(run.folder.path / "crops.png", lambda path: picture.save(path, "PNG"))
-        progress.record(watch(state, run, seen, 0, {}))
-        save(state, run, 0)
+        progress.record(monitor.look(state.teacher.backbone, 0, o))
+        save(state, run, epoch=0)
+
+    last_save = time.monotonic()
     while state.step < run.total_steps:
-        progress.update(train_step(state, batches, run), state.step / per_epoch)
-        epoch, within = divmod(state.step, per_epoch)
-        began, stopped = time.monotonic(), stop.agreed()
-        if within == 0 or stopped:
-            check_finite(state.losses, state.step)  # on all processes
-        if main and (within == 0 or stopped or began - saved > 60 * o.save_minutes):
-            save(state, run, epoch if within == 0 else None)
-            saved = time.monotonic()
-        if main and within == 0:  # saved before, since it may take longer than a stop leaves
-            progress.record(watch(state, run, seen, epoch, progress.latest))
-        progress.since += time.monotonic() - began  # throughput is that of steps
+        result = train_step(state, batches, run)
+        progress.count_step(state.step, result.waited)
+        if state.step % o.log_every == 0:
+            measured = summarize_steps(state, run, result)
+            progress.log_interval(measured, state.step / sampler.steps_per_epoch)
+
+        with progress.not_counted():  # the throughput in the log is that of steps
+            epoch, within = divmod(state.step, sampler.steps_per_epoch)
+            stopped = stop.agreed()
+            if within == 0 or stopped:
+                check_finite(state.history.values(), state.step)  # on all processes
+            overdue = time.monotonic() - last_save > 60 * o.save_minutes
+            if is_main and (within == 0 or stopped or overdue):
+                save(state, run, epoch=epoch if within == 0 else None)
+                last_save = time.monotonic()
+            # The look comes after the save, since it may take longer than a stop leaves.
+            if is_main and within == 0:
+                record = monitor.look(state.teacher.backbone, epoch, o, progress.latest)
+                progress.record(record)
+                save_best(state, run, record)
         if stopped:
             raise Stopped(f"step {state.step} saved; goes on with --output-dir {run.folder.path}")
     progress.close()
 
 
-def save(state: State, run: Run, epoch: int | None = None, name: str = "checkpoint.pth") -> None:
+def load_batches(state: State, run: Run, dataset: data.PhotographDataset) -> Iterator[list[Tensor]]:
+    """Give the micro-batches of the sampler's steps on the device, coloured and normalised."""
+    device = run.processes.device
+    spec = state.student.backbone.spec
+    loader = data.training_loader(dataset, run.sampler, run.options.workers, device)
+    colored = (color_views(batch, device, spec.mean, spec.std) for batch in loader)
+    return data.prefetch(colored, device)
+
+
+def summarize_steps(state: State, run: Run, result: StepResult) -> dict[str, Any]:
+    """Return what the log says of the steps since its last line, and begin a new interval.
+
+    Raises Diverged when a loss of them is not finite.
+    """
+    check_finite(state.history.values(), state.step)
+    measured: dict[str, Any] = result.schedules._asdict()
+    measured |= state.history.means()
+    measured |= losses.target_entropies(result.targets)
+    measured["skipped"] = state.skipped
+    measured["memory_gb"] = devices.peak_memory(run.processes.device)
+    state.history.clear()
+    return measured
+
+
+def save(state: State, run: Run, *, epoch: int | None = None, name: str = "checkpoint.pth") -> None:
     """Write a checkpoint; at the end of an epoch the backbone too, and a copy that is kept.
 
     Raises Diverged, and writes nothing, when a loss since the last line of the log is not finite.
     """
-    check_finite(state.losses, state.step)
-    folder, spec = run.folder, asdict(state.student.backbone.spec)
-    content = state.state_dict() | {"spec": spec, "options": folder.options, "data": folder.data}
-    if epoch is not None:  # checkpoint.pth last: once it is there, all of its epoch is
-        file = folder.path / "backbone.safetensors"
-        save_backbone(state.teacher.backbone, file, folder.options)
+    check_finite(state.history.values(), state.step)
+    folder = run.folder
+    content = state.state_dict()
+    content["spec"] = asdict(state.student.backbone.spec)
+    content["options"] = folder.options
+    content["data"] = folder.fingerprint
+    if epoch is not None:
+        save_backbone(state.teacher.backbone, folder.path / "backbone.safetensors", folder.options)
         if run.options.keep_every and epoch % run.options.keep_every == 0:
-            save_torch(content, folder.path / f"checkpoint-{epoch:04d}.pth")
-    save_torch(content, folder.path / name)
+            run_folder.save_torch(content, folder.path / f"checkpoint-{epoch:04d}.pth")
+    # The newest checkpoint comes last: once it is there, all of its epoch is.
+    run_folder.save_torch(content, folder.path / name)
 
 
-def watch(
-    state: State, run: Run, seen: Watched, epoch: int, latest: dict[str, Any]
-) -> dict[str, Any]:
-    """Return RankMe and the like, k-NN scores when due; warn of collapse, keep the best on val."""
-    o, backbone = run.options, state.teacher.backbone
-    fixed = seen.embeddings(backbone, seen.fixed)
-    record: dict[str, Any] = {"epoch": epoch, "rankme": features.rankme(fixed)}
-    record["embedding_std"] = features.embedding_std(fixed)
-    collapse = losses.collapse(latest | record, o.out_dim) if latest else ""
-    if collapse:
-        log.warning("epoch %d: collapse, %s", epoch, collapse)
-        record["collapse"] = collapse
-    if all(seen.graded) and o.knn_every and (epoch % o.knn_every == 0 or epoch == o.epochs):
-        scores = metrics.brief(*seen.knn(backbone))
-        record |= {f"knn_{name}": value for name, value in scores.items()}
-        if epoch and record["knn_qwk"] > state.best_qwk:
-            state.best_qwk = record["knn_qwk"]
-            for name in ("checkpoint-best.pth", "checkpoint.pth"):  # both know of the best
-                save(state, run, name=name)
-    return record
+def save_best(state: State, run: Run, record: dict[str, Any]) -> None:
+    """Keep the checkpoint whose k-NN has the highest QWK on val so far."""
+    qwk = record.get("knn_qwk")
+    if qwk is None or qwk <= state.best_qwk:
+        return
+    state.best_qwk = qwk
+    save(state, run, name="checkpoint-best.pth")
+    save(state, run, name="checkpoint.pth")  # it knows of the best, too
 
 
-def build_run(
-    o: Options,
-    processes: devices.Processes,
-    folder: run_folder.RunFolder,
-    sampler: data.StepSampler,
-) -> tuple[State, Run]:
-    """Return the untrained state and the run's constants."""
-    student, teacher = wrapped, _ = [net.to(processes.device) for net in build_networks(o)]
-    student.backbone.checkpointing = o.checkpointing
-    for network in (student, teacher) if o.compile else ():
-        network.compile()
-    if processes.world > 1:
-        cuda = processes.device.type == "cuda"
-        if o.use_bn_in_head and cuda:  # batch norm over all processes; gloo has no kernel for it
-            student, teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (student, teacher))
-        wrapped = devices.distribute(student)
-    dtype = devices.autocast_dtype(o.precision, processes.device)
-    scaler = torch.amp.GradScaler(processes.device.type, enabled=dtype is torch.float16)
-    center = torch.zeros(o.out_dim, device=processes.device)
-    state = State(student, teacher, build_optimizer(student, o.optimizer), scaler, center)
-    per_epoch = sampler.steps_per_epoch
-    size = (per_epoch, o.epochs * per_epoch, sampler.global_batch)
-    return state, Run(o, processes, folder, dtype, wrapped, *size)
-
-
-def main(o: Options, config: Path | None) -> None:
+def main(options: Options, config: Path | None) -> None:
     """Train, or continue, or say that the run is finished."""
-    folder = run_folder.RunFolder.of(o, config, "eyepacs_vits16")
-    with devices.process_group(o.device) as processes:
+    folder = run_folder.RunFolder.choose(options, config, "eyepacs_vits16")
+    with devices.process_group(options.device) as processes:
+        if options.compile and processes.device.type != "cuda":
+            raise InputError("--compile: gains something on CUDA alone; leave it out")
         hint = "; for EyePACS: python SSRL.py --data FOLDER" if config == DEMO else ""
-        if o.compile and processes.device.type != "cuda":
-            raise utils.InputError("--compile: gains something on CUDA alone; leave it out")
         log.info("recipe: %s%s", config or "the defaults, configs/eyepacs_vits16.yaml", hint)
+
+        # The photographs, and the order in which steps take them.
         with processes.main_first():  # draws synthetic photographs once
-            manifest = data.open_manifest(o.data)
+            manifest = data.open_manifest(options.data)
         records = manifest.split("train")
-        sampler = data.StepSampler(len(records), o.batch_size, o.accumulate, processes, o.seed)
-        checkpoint = folder.open(o, manifest.fingerprint, RESUMABLE, processes)
-        start = replace(o, init="none") if checkpoint else o  # the checkpoint has the weights
-        crops = MultiCrop(**{name: getattr(o, name) for name in MultiCrop.__dataclass_fields__})
-        dataset = Dataset(manifest, records, crops, o.seed, o.max_bad)
-        with devices.memory_advice(o):
-            state, run = build_run(start, processes, folder, sampler)
+        views = MultiCrop(options)
+        dataset = data.PhotographDataset(
+            manifest, records, views, options.seed, max_bad=options.max_bad
+        )
+        sampler = data.StepSampler(
+            len(records), options.batch_size, options.accumulate, processes, options.seed
+        )
+
+        # A new folder, or the run that it holds.
+        if options.overwrite:
+            folder.clear(processes)
+        checkpoint = folder.find_checkpoint(options, manifest.fingerprint, RESUMABLE, processes)
+        folder.begin(options, manifest.fingerprint, checkpoint, processes)
+        saved_spec = vit.BackboneSpec(**checkpoint["spec"]) if checkpoint else None
+
+        with devices.memory_advice(options):
+            state, run = build_run(options, processes, folder, sampler, saved_spec)
             if checkpoint:
                 state.load_state_dict(checkpoint)
                 log.info("resumed at step %d of %d", state.step, run.total_steps)
             if state.step < run.total_steps:
-                train(state, run, dataset, sampler)
+                train(state, run, dataset)
             else:
                 log.info("%s is finished; --overwrite starts anew", folder.path)
 

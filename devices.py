@@ -233,3 +233,20 @@ class StopSignal:
         flag = torch.tensor(float(self.seen))  # on the CPU: no wait for a GPU
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Return the context in which networks compute in `dtype`; None: in fp32, as they are."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def exchange_gradients(
+    module: torch.nn.Module, *, now: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context whose backward passes exchange gradients among processes, or not yet.
+
+    `module` is what `distribute` returned, or a plain one where there is one process.
+    """
+    if now or not isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()

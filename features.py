@@ -5,7 +5,9 @@ Shapes: N images, M bank images, D width, G = 5 grades.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from tqdm import tqdm
 
 from augment import WholeView
 from data import PhotographDataset, evaluation_loader, grades_of
+from fundus import metrics
 from fundus.manifest import GRADES, Manifest, Record
-from utils import InputError
+from utils import InputError, log
 from vision_transformer import Backbone
 
 N_BLOCKS = 4  # the most that any protocol reads
@@ -35,7 +38,7 @@ def extract_features(
     last; `patch` (N, D): mean patch token of the last; `color` (N, 6): the input's RGB mean and
     standard deviation, 0 to 1, against which features are held. `title` shows a progress bar.
     """
-    device, found, training = backbone.cls_token.device, [], backbone.training
+    device, found, training = backbone.device, [], backbone.training
     backbone.eval()
     batches = evaluation_loader(dataset, 64, workers)
     total = -(-len(dataset) // 64)
@@ -99,7 +102,24 @@ def embedding_std(features: Tensor) -> float:
     return float(unit.std(dim=0).mean() * features.shape[1] ** 0.5)
 
 
-class Watched:
+def name_collapse(measured: dict[str, float], prototypes: int) -> str:
+    """Name the collapse that measurements show and what to change; empty when healthy.
+
+    `measured` holds `loss` (nats), `teacher_entropy` and `marginal_entropy` as
+    `losses.target_entropies` returns them, `embedding_std` and `rankme` of frozen features. Both of
+    the last are needed: embeddings spread along one line have a healthy standard deviation.
+    """
+    remedy = "try --use-bn-in-head, --centering sinkhorn"
+    if measured["teacher_entropy"] > 0.98 and abs(measured["loss"] - math.log(prototypes)) < 0.05:
+        return f"uniform: every target is flat, loss = ln K; {remedy} or a lower --teacher-temp"
+    if measured["marginal_entropy"] < 0.05:
+        return f"one prototype: all photographs get the same target; {remedy} or a lower --lr"
+    if measured["embedding_std"] < 0.05 or measured["rankme"] < 2:
+        return f"low rank: all embeddings lie along few directions; {remedy}"
+    return ""
+
+
+class Monitor:
     """Photographs at which training looks between epochs: up to 256 fixed ones, and val's."""
 
     def __init__(self, manifest: Manifest, dtype: torch.dtype | None, workers: int) -> None:
@@ -114,7 +134,33 @@ class Watched:
         dataset = PhotographDataset(self.manifest, records, WholeView(backbone.spec.image_size))
         return extract_features(backbone, dataset, *self.how)["cls"][:, -1]
 
-    def knn(self, backbone: Backbone) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    def look(
+        self, backbone: Backbone, epoch: int, options: Any, latest: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return RankMe and the like of fixed photographs, k-NN when due; warn of a collapse.
+
+        `options` are training's; `latest` are its last measurements, none before the first step.
+        """
+        fixed = self.embeddings(backbone, self.fixed)
+        record: dict[str, Any] = {
+            "epoch": epoch,
+            "rankme": rankme(fixed),
+            "embedding_std": embedding_std(fixed),
+        }
+        if latest:
+            collapse = name_collapse(latest | record, options.out_dim)
+            if collapse:
+                log.warning("epoch %d: collapse, %s", epoch, collapse)
+                record["collapse"] = collapse
+        every = options.knn_every
+        is_due = every > 0 and (epoch % every == 0 or epoch == options.epochs)
+        if is_due and all(self.graded):
+            scores = metrics.brief(*self.knn_votes(backbone))
+            for name, value in scores.items():
+                record[f"knn_{name}"] = value
+        return record
+
+    def knn_votes(self, backbone: Backbone) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """Return the 15-NN's votes (N, G) on val, val's grades (N,) and train's (M,).
 
         Fewer neighbours vote if train has fewer.

@@ -35,12 +35,15 @@ def distillation_loss(student_logits: Tensor, teacher_probs: Tensor, student_tem
 
 
 def centered_probs(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
-    """Return softmax((t - c) / temperature) of logits (T, B, K) and a centre (K,), in fp32."""
+    """Return softmax((t - c) / temperature) of logits (..., K) and a centre (K,), in fp32."""
     return torch.softmax((teacher_logits.float() - center) / teacher_temp, dim=-1)
 
 
 def batch_mean(teacher_logits: Tensor) -> Tensor:
-    """Return the mean (K,) of logits (T, B, K) over views, images and processes."""
+    """Return the mean (K,) of logits (T, B, K) over views, images and processes.
+
+    Where processes have different numbers of images, each process counts the same.
+    """
     mean = teacher_logits.float().mean(dim=(0, 1))
     return all_reduce(mean) / _world()
 
@@ -59,15 +62,15 @@ def sinkhorn_probs(teacher_logits: Tensor, teacher_temp: float, iterations: int 
         repeat: Q /= Q.sum(0) * K;  Q /= Q.sum(1) * samples      # prototypes, then samples
         Q *= samples                                             # rows sum to 1
 
-    SwAV, arXiv 2006.09882, section 3; in place of DINO's centring since arXiv 2304.07193. Kept as
-    logarithms, so that no temperature over- or underflows.
+    SwAV, arXiv 2006.09882, section 3; in place of DINO's centring since arXiv 2304.07193.
     """
+    # Kept as logarithms, so that no temperature over- or underflows.
     log_q = teacher_logits.float().flatten(0, 1) / teacher_temp  # (samples, K)
-    samples = len(log_q) * _world()
+    log_samples = math.log(len(log_q) * _world())
     for _ in range(iterations):
         log_q = log_q - _log_sum_over_samples(log_q) - math.log(log_q.shape[1])
-        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True) - math.log(samples)
-    return (log_q + math.log(samples)).exp().view_as(teacher_logits)
+        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True) - log_samples
+    return (log_q + log_samples).exp().view_as(teacher_logits)
 
 
 def _log_sum_over_samples(log_q: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(dim=-1)
 
 
-def spread(targets: Tensor) -> dict[str, float]:
+def target_entropies(targets: Tensor) -> dict[str, float]:
     """Return how targets (T, B, K) use the prototypes, as shares of ln K in 0-1.
 
     `teacher_entropy` of each target, on average: 1 is uniform, 0 one prototype. `marginal_entropy`
@@ -116,24 +119,59 @@ def spread(targets: Tensor) -> dict[str, float]:
     }
 
 
-def collapse(seen: dict[str, float], prototypes: int) -> str:
-    """Name the collapse that measurements show and what to change; empty when healthy.
+# ---------------------------------------------------------------------------------- bookkeeping
+class History:
+    """The losses of the steps since the last line of the log, term by term, on their device."""
 
-    `seen` holds `loss` (nats), `teacher_entropy` and `marginal_entropy` as `spread` returns them,
-    `embedding_std` and `rankme` of frozen features. Both of the last are needed: embeddings spread
-    along one line have a healthy standard deviation.
-    """
-    remedy = "try --use-bn-in-head, --centering sinkhorn"
-    if seen["teacher_entropy"] > 0.98 and abs(seen["loss"] - math.log(prototypes)) < 0.05:
-        return f"uniform: every target is flat, loss = ln K; {remedy} or a lower --teacher-temp"
-    if seen["marginal_entropy"] < 0.05:
-        return f"one prototype: all photographs get the same target; {remedy} or a lower --lr"
-    if seen["embedding_std"] < 0.05 or seen["rankme"] < 2:
-        return f"low rank: all embeddings lie along few directions; {remedy}"
-    return ""
+    def __init__(self) -> None:
+        self.terms: dict[str, list[Tensor]] = {}
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Note a step's losses (scalars)."""
+        for name, value in terms.items():
+            self.terms.setdefault(name, []).append(value)
+
+    def values(self) -> list[Tensor]:
+        """Return the losses of all terms and steps."""
+        return [value for values in self.terms.values() for value in values]
+
+    def means(self) -> dict[str, float]:
+        """Return each term's mean over the steps; waits for their device."""
+        return {name: float(torch.stack(values).mean()) for name, values in self.terms.items()}
+
+    def clear(self) -> None:
+        """Begin a new interval."""
+        self.terms.clear()
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Return the losses as dict and lists."""
+        return dict(self.terms)
+
+    def load_state_dict(self, saved: dict[str, list[Tensor]], device: torch.device) -> None:
+        """Take over what `state_dict` returned."""
+        self.terms = {}
+        for name, values in saved.items():
+            self.terms[name] = [value.to(device) for value in values]
+
+
+def mean_by_name(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each named value over the parts, which are equally large."""
+    means = {}
+    for name in parts[0]:
+        shares = [part[name] / len(parts) for part in parts]
+        means[name] = sum(shares[1:], shares[0])
+    return means
+
+
+# ------------------------------------------------------------------------------- over processes
+def mean_over_processes(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mean of each term (scalars) over all processes, with one exchange."""
+    means = all_reduce(torch.stack(list(terms.values()))) / _world()
+    return dict(zip(terms, means.unbind(), strict=True))
 
 
 def _world() -> int:
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -2,8 +2,8 @@
 
 `Backbone` wraps timm's network and gives the method what it reads: the embedding ([CLS]), patch
 tokens, frozen features of several blocks, and the last block's attention. Its weights stand in
-files under timm's names, which are DINO's too.
-Shapes: B batch, N tokens, D width, H heads, K prototypes.
+files under timm's names, which are DINO's too. `Network` is a backbone with its head.
+Shapes: B batch, V views, N tokens, D width, H heads, K prototypes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -496,3 +496,25 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) of tokens (B, D)."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+# ----------------------------------------------------------------------------- student and teacher
+class Outputs(NamedTuple):
+    """What a network makes of a batch of crops; views are the outer dimension."""
+
+    cls_logits: Tensor  # (views B, K), global crops first
+    cls_tokens: Tensor  # (2 B, D), of the global crops
+
+
+class Network(nn.Module):
+    """Backbone and projection head; student and teacher are one each."""
+
+    def __init__(self, backbone: Backbone, head: ProjectionHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops: Sequence[Tensor]) -> Outputs:
+        """Return the outputs for crops (V_i B, 3, h, w) of each resolution, global ones first."""
+        cls_tokens = [self.backbone(batch) for batch in crops]
+        return Outputs(self.head(torch.cat(cls_tokens)), cls_tokens[0])

@@ -20,10 +20,11 @@ from sklearn.neighbors import KNeighborsClassifier
 import data
 import evaluation
 import features
+import losses
 from augment import PaperView, WholeView
 from data import PhotographDataset, grades_of, patients_of
 from evaluation import cached_features, describe, open_weights, write_results
-from features import embedding_std, extract_features, knn_predict, rankme
+from features import embedding_std, extract_features, knn_predict, name_collapse, rankme
 from fundus import metrics
 from fundus.manifest import Manifest, Record, read_manifest, write_manifest
 from fundus.metrics import Predictions
@@ -365,3 +366,50 @@ def test_empty_manifest_has_no_grades(tmp_path):
     record = Record("a.jpg", None, "p", "", "train")
     with pytest.raises(InputError, match="no graded photograph for test"):
         evaluation.test_sets(Manifest(tmp_path, (record,), True, "prepared"), [])
+
+
+# --------------------------------------------------------------------------------------- collapse
+
+HEALTHY = {
+    "loss": 6.0,
+    "teacher_entropy": 0.6,
+    "marginal_entropy": 0.9,
+    "embedding_std": 0.7,
+    "rankme": 20.0,
+}
+
+
+@pytest.mark.parametrize(
+    "changed, word",
+    [
+        ({"teacher_entropy": 0.999, "marginal_entropy": 1.0, "loss": math.log(1024)}, "uniform"),
+        ({"teacher_entropy": 0.01, "marginal_entropy": 0.01, "loss": 0.0}, "one prototype"),
+        ({"embedding_std": 0.001}, "low rank"),
+        ({"rankme": 1.2}, "low rank"),
+    ],
+)
+def test_collapse_is_named_with_a_remedy(changed, word):
+    message = name_collapse(HEALTHY | changed, 1024)
+    assert message.startswith(word)
+    assert "--" in message, "what to change is named"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"teacher_entropy": 0.999, "loss": math.log(1024) - 0.5},  # flat targets, but learning
+        {"teacher_entropy": 0.9, "loss": math.log(1024)},  # the first steps
+        {"teacher_entropy": 0.02, "loss": 1.0},  # sharp targets, each image its own
+        {"rankme": 3.0, "embedding_std": 0.2},
+    ],
+)
+def test_collapse_stays_quiet_on_healthy_values(changed):
+    assert name_collapse(HEALTHY | changed, 1024) == ""
+
+
+def test_collapse_of_measured_targets():
+    flat = losses.target_entropies(torch.full((2, 8, 1024), 1 / 1024))
+    assert name_collapse(HEALTHY | flat | {"loss": math.log(1024)}, 1024).startswith("uniform")
+    same = torch.softmax(torch.eye(1024)[7] * 100, dim=0).expand(2, 8, 1024)
+    assert name_collapse(HEALTHY | losses.target_entropies(same), 1024).startswith("one prototype")

@@ -12,25 +12,20 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from losses import (
+    History,
     batch_mean,
     centered_probs,
-    collapse,
     distillation_loss,
     entropy,
     koleo_loss,
+    mean_by_name,
+    mean_over_processes,
     sinkhorn_probs,
-    spread,
+    target_entropies,
     update_center,
 )
 
 TEACHERS = 2
-HEALTHY = {
-    "loss": 6.0,
-    "teacher_entropy": 0.6,
-    "marginal_entropy": 0.9,
-    "embedding_std": 0.7,
-    "rankme": 20.0,
-}
 
 
 def random_logits(*shape, seed=0, scale=1.0):
@@ -203,7 +198,7 @@ def test_koleo_is_the_naive_loop(batch, width):
     assert koleo_loss(x.bfloat16()).item() == koleo_loss(x.bfloat16().float()).item()
 
 
-def test_koleo_falls_as_embeddings_spread():
+def test_koleo_falls_as_embeddings_target_entropies():
     """Its gradient drives points on a circle to even distances: 2 sin(pi / B) to the next."""
     x = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, -0.3], [0.5, 0.8]]))
     optimizer = torch.optim.SGD([x], lr=0.02)
@@ -228,53 +223,40 @@ def test_entropy_by_hand():
     assert entropy(probs).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_spread_by_hand():
+def test_target_entropies_by_hand():
     uniform, one, own = torch.full((2, 2, 4), 0.25), torch.zeros(2, 2, 4), torch.eye(4)
     one[..., 2] = 1
-    assert spread(uniform) == pytest.approx({"teacher_entropy": 1.0, "marginal_entropy": 1.0})
-    assert spread(one) == {"teacher_entropy": 0.0, "marginal_entropy": 0.0}
-    found = spread(own.view(2, 2, 4))  # each sample its own prototype
+    assert target_entropies(uniform) == pytest.approx(
+        {"teacher_entropy": 1.0, "marginal_entropy": 1.0}
+    )
+    assert target_entropies(one) == {"teacher_entropy": 0.0, "marginal_entropy": 0.0}
+    found = target_entropies(own.view(2, 2, 4))  # each sample its own prototype
     assert found == pytest.approx({"teacher_entropy": 0.0, "marginal_entropy": 1.0})
     half = torch.tensor([[[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]])  # mean 3/4 and 1/4
     marginal = (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4)
     expected = {"teacher_entropy": 0.25, "marginal_entropy": marginal}
-    assert spread(half) == pytest.approx(expected, rel=1e-6)
+    assert target_entropies(half) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "changed, word",
-    [
-        ({"teacher_entropy": 0.999, "marginal_entropy": 1.0, "loss": math.log(1024)}, "uniform"),
-        ({"teacher_entropy": 0.01, "marginal_entropy": 0.01, "loss": 0.0}, "one prototype"),
-        ({"embedding_std": 0.001}, "low rank"),
-        ({"rankme": 1.2}, "low rank"),
-    ],
-)
-def test_collapse_is_named_with_a_remedy(changed, word):
-    message = collapse(HEALTHY | changed, 1024)
-    assert message.startswith(word)
-    assert "--" in message, "what to change is named"
+# -------------------------------------------------------------------------------------- bookkeeping
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {},
-        {"teacher_entropy": 0.999, "loss": math.log(1024) - 0.5},  # flat targets, but learning
-        {"teacher_entropy": 0.9, "loss": math.log(1024)},  # the first steps
-        {"teacher_entropy": 0.02, "loss": 1.0},  # sharp targets, each image its own
-        {"rankme": 3.0, "embedding_std": 0.2},
-    ],
-)
-def test_collapse_stays_quiet_on_healthy_values(changed):
-    assert collapse(HEALTHY | changed, 1024) == ""
+def test_history_by_hand():
+    history = History()
+    history.add({"loss": torch.tensor(1.0), "koleo": torch.tensor(-2.0)})
+    history.add({"loss": torch.tensor(4.0), "koleo": torch.tensor(-1.0)})
+    assert history.means() == {"loss": 2.5, "koleo": -1.5}
+    assert [float(value) for value in history.values()] == [1.0, 4.0, -2.0, -1.0]
+    other = History()
+    other.load_state_dict(history.state_dict(), torch.device("cpu"))
+    history.clear()
+    assert history.values() == [] and other.means() == {"loss": 2.5, "koleo": -1.5}
 
 
-def test_collapse_of_measured_targets():
-    flat = spread(torch.full((2, 8, 1024), 1 / 1024))
-    assert collapse(HEALTHY | flat | {"loss": math.log(1024)}, 1024).startswith("uniform")
-    same = torch.softmax(torch.eye(1024)[7] * 100, dim=0).expand(2, 8, 1024)
-    assert collapse(HEALTHY | spread(same), 1024).startswith("one prototype")
+def test_mean_by_name_by_hand():
+    parts = [{"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 6.0])}]
+    assert mean_by_name(parts)["a"].tolist() == [2.0, 4.0]
+    assert mean_by_name([{}]) == {}
 
 
 # ----------------------------------------------------------------------------------- two processes
@@ -286,6 +268,8 @@ def shard_worker(rank: int, folder: str) -> None:
     logits = torch.load(f"{folder}/logits.pt")[:, 4 * rank : 4 * rank + 4]
     found = {"mean": batch_mean(logits), "sharp": sinkhorn_probs(logits, 0.05)}
     found["soft"] = sinkhorn_probs(logits, 1.0)
+    terms = {"loss": torch.tensor(1.0 + rank), "patch": torch.tensor(5.0 * rank)}
+    found["terms"] = mean_over_processes(terms)
     torch.save(found, f"{folder}/found{rank}.pt")
     dist.destroy_process_group()
 
@@ -298,6 +282,7 @@ def test_two_processes_do_as_one_on_the_whole_batch(tmp_path: Path):
     parts = [torch.load(tmp_path / f"found{rank}.pt") for rank in range(2)]
     for part in parts:
         torch.testing.assert_close(part["mean"], batch_mean(logits), rtol=1e-6, atol=1e-6)
+        assert part["terms"] == {"loss": 1.5, "patch": 2.5}
     for name, temp in (("sharp", 0.05), ("soft", 1.0)):
         joined = torch.cat([part[name] for part in parts], dim=1)
         torch.testing.assert_close(joined, sinkhorn_probs(logits, temp), rtol=1e-5, atol=1e-7)
