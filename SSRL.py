@@ -8,7 +8,7 @@ A student sees 2 global and V local crops of every photograph, a teacher the glo
 student learns to match the teacher, which is the moving average of the student (DINO, arXiv
 2104.14294; for diabetic retinopathy arXiv 2410.00779). Writes runs/NAME/: config.yaml, log.jsonl,
 checkpoint*.pth, backbone.safetensors, crops.png.
-Shapes: B batch, V local views, D width, K prototypes.
+Shapes: B batch, V local views, D width, K prototypes, N patches of a crop, M masked patches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import losses
 import run_folder
 import utils
 import vision_transformer as vit
-from augment import MultiCrop, MultiCropOptions, color_views, contact_sheet
+from augment import CropBatch, MultiCrop, MultiCropOptions, PatchMasks, color_views, contact_sheet
 from utils import Bounds, Diverged, InputError, RunOptions, Stopped, log
 from weights import load_weights, read_weights, save_backbone
 
@@ -102,6 +102,9 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     """What balances the teacher's targets: subtracting their mean, or Sinkhorn-Knopp."""
     koleo_weight: Weight = 0.0
     """Weight of the KoLeo term, which spreads the [CLS] of photographs; DINOv2 takes 0.1."""
+    patch_weight: Weight = 0.0
+    """Weight of the masked patch objective (iBOT): the student predicts what the teacher makes of
+    patches that it does not see; DINOv2 takes 1."""
     student_temp: Temperature = 0.1
     """Softmax temperature of the student."""
     teacher_temp: Temperature = 0.04
@@ -160,6 +163,11 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
         if self.centering == "sinkhorn" and self.accumulate > 1:
             raise InputError("--accumulate: expected 1 with --centering sinkhorn")
 
+    @property
+    def mask_grid(self) -> int:
+        """Patches along a global crop's side, where some are masked; else 0."""
+        return self.global_crop_size // self.patch_size if self.patch_weight else 0
+
 
 # ----------------------------------------------------------------------------- student and teacher
 def build_networks(
@@ -201,7 +209,8 @@ def build_networks(
     teacher = vit.Network(vit.Backbone(spec), copy.deepcopy(head))
     teacher.backbone.load_state_dict(backbone.state_dict())
     teacher.requires_grad_(False)
-    return vit.Network(backbone, head), teacher
+    student = vit.Network(backbone, head, mask_token=options.patch_weight > 0)
+    return student, teacher
 
 
 def build_optimizer(student: vit.Network, name: str) -> torch.optim.Optimizer:
@@ -229,6 +238,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     center: Tensor  # (K,), of the teacher's [CLS] logits
+    patch_center: Tensor  # (K,), of its patches' logits
     step: int = 0
     skipped: int = 0  # steps that overflowed in fp16
     best_qwk: float = -1.0  # of the k-NN on val
@@ -251,6 +261,7 @@ class State:
         self.best_qwk = saved["best_qwk"]
         # A checkpoint from before there were several terms holds the losses of one.
         if "history" in saved:
+            self.patch_center.copy_(saved["patch_center"])
             self.history.load_state_dict(saved["history"], self.center.device)
         else:
             self.history.load_state_dict({"loss": saved["losses"]}, self.center.device)
@@ -327,6 +338,7 @@ def build_run(
         build_optimizer(student, options.optimizer),
         torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
         center=torch.zeros(options.out_dim, device=device),
+        patch_center=torch.zeros(options.out_dim, device=device),
     )
     return state, Run(options, processes, folder, dtype, wrapped, sampler)
 
@@ -342,7 +354,12 @@ class Loss(NamedTuple):
 
 
 def compute_loss(
-    student: vit.Outputs, teacher: vit.Outputs, state: State, teacher_temp: float, o: Options
+    student: vit.Outputs,
+    teacher: vit.Outputs,
+    masks: PatchMasks,
+    state: State,
+    teacher_temp: float,
+    o: Options,
 ) -> Loss:
     """Return the weighted sum of all terms of the objective, and each term by its name."""
     means = {}
@@ -365,6 +382,19 @@ def compute_loss(
         total = total + o.koleo_weight * koleo
         terms["koleo"] = koleo.detach()
 
+    # Masked patches: the student predicts the teacher's targets of patches that it cannot see.
+    if o.patch_weight:
+        patch_logits = teacher.patch_logits.unsqueeze(0)  # (1, M, K)
+        if o.centering == "sinkhorn":
+            samples = losses.total_over_processes(len(masks.index))
+            patch_targets = losses.sinkhorn_probs(patch_logits, teacher_temp, samples=samples)
+        else:
+            patch_targets = losses.centered_probs(patch_logits, state.patch_center, teacher_temp)
+            means["patch_center"] = losses.batch_mean(patch_logits)
+        predicted = student.patch_logits
+        patch = losses.patch_loss(predicted, patch_targets[0], masks.weight, o.student_temp)
+        total = total + o.patch_weight * patch
+        terms["patch"] = patch.detach()
     return Loss(total, terms, targets, means)
 
 
@@ -377,7 +407,7 @@ class StepResult(NamedTuple):
     waited: float  # seconds for the micro-batches
 
 
-def train_step(state: State, batches: Iterator[list[Tensor]], run: Run) -> StepResult:
+def train_step(state: State, batches: Iterator[CropBatch], run: Run) -> StepResult:
     """Take one step over `accumulate` micro-batches.
 
     Raises Diverged when the loss is not finite, with nothing changed (`apply_gradients`).
@@ -396,16 +426,16 @@ def train_step(state: State, batches: Iterator[list[Tensor]], run: Run) -> StepR
     waited = 0.0
     for micro in range(o.accumulate):
         started = time.perf_counter()
-        crops = next(batches)
+        crops, masks = next(batches)
         waited += time.perf_counter() - started
 
-        # The teacher sees the global crops, the student all of them.
+        # The teacher sees the global crops whole, the student all crops, some patches masked.
         with devices.exchange_gradients(run.student, now=micro == o.accumulate - 1):
             with devices.autocast(run.processes.device, run.dtype):
                 with torch.no_grad():
-                    teacher = state.teacher(crops[:1])
-                student = run.student(crops)
-            loss = compute_loss(student, teacher, state, schedules.teacher_temp, o)
+                    teacher = state.teacher(crops[:1], masks.index)
+                student = run.student(crops, masks.index, masks.hidden)
+            loss = compute_loss(student, teacher, masks, state, schedules.teacher_temp, o)
             state.scaler.scale(loss.total / o.accumulate).backward()
         found.append(loss)
 
@@ -528,7 +558,7 @@ def train(state: State, run: Run, dataset: data.PhotographDataset) -> None:
     progress.close()
 
 
-def load_batches(state: State, run: Run, dataset: data.PhotographDataset) -> Iterator[list[Tensor]]:
+def load_batches(state: State, run: Run, dataset: data.PhotographDataset) -> Iterator[CropBatch]:
     """Give the micro-batches of the sampler's steps on the device, coloured and normalised."""
     device = run.processes.device
     spec = state.student.backbone.spec
@@ -594,7 +624,7 @@ def main(options: Options, config: Path | None) -> None:
         with processes.main_first():  # draws synthetic photographs once
             manifest = data.open_manifest(options.data)
         records = manifest.split("train")
-        views = MultiCrop(options)
+        views = MultiCrop(options, options.mask_grid)
         dataset = data.PhotographDataset(
             manifest, records, views, options.seed, max_bad=options.max_bad
         )

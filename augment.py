@@ -4,7 +4,7 @@ Geometry runs in the loader's workers on uint8 tensors. Colour runs on the devic
 a batch at once; its parameters are drawn in the worker, from a generator keyed by (seed, epoch,
 image), so that nothing depends on the number of workers or on the device.
 Strengths are DINO's (arXiv 2104.14294, appendix; BYOL's before it).
-Shapes: B batch, V local views.
+Shapes: B batch, V local views, N patches of a crop, M masked patches of a batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ SINE = YIQ_TO_RGB @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ RGB_TO_YIQ
 BLUR_RADIUS = 6  # pixels each side: three of the largest sigma, 2
 NO_SOLARIZE = 2.0  # a threshold that no pixel reaches
 CACHE = 2**18  # numbers in fp32 that, a few times over, fit a core's cache
+
+MASK_SHARES = (0.1, 0.5)  # of a crop's patches, as DINOv2 draws them (arXiv 2304.07193)
+MASK_STREAM = 1  # makes the generator of masks another one than that of views
 
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels
 
@@ -102,9 +105,10 @@ class ViewRecipe:
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Draws 2 global and V local views of a photograph."""
+    """Draws 2 global and V local views of a photograph, and masks of their patches if asked."""
 
     options: MultiCropOptions
+    mask_grid: int = 0  # patches along a global crop's side; 0: no masks are drawn
 
     @property
     def recipes(self) -> list[ViewRecipe]:
@@ -128,7 +132,7 @@ class MultiCrop:
         """Return the views of a uint8 photograph (3, h, w) for a key of non-negative integers.
 
         `global` (2, 3, G, G) and `local` (V, 3, L, L) are uint8; `color` (2 + V, 14) is float32:
-        matrix 9, offset 3, blur sigma, solarize threshold.
+        matrix 9, offset 3, blur sigma, solarize threshold. With a mask grid, `mask` (2, N) is bool.
         """
         rng = np.random.default_rng(key)
         crops, colors = [], []
@@ -141,6 +145,8 @@ class MultiCrop:
             "local": self._stack_local(crops[2:]),
             "color": torch.from_numpy(np.stack(colors)),
         }
+        if self.mask_grid:
+            item["mask"] = torch.from_numpy(draw_masks(self.mask_grid, key))
         return item
 
     def _stack_local(self, crops: list[Tensor]) -> Tensor:
@@ -292,13 +298,78 @@ def _hue(angle: float) -> np.ndarray:
     return KEPT + math.cos(angle) * COSINE + math.sin(angle) * SINE
 
 
+# ----------------------------------------------------------------------------------- masked patches
+def draw_masks(grid: int, key: tuple[int, ...]) -> np.ndarray:
+    """Return which patches of a photograph's 2 global crops are hidden, bool (2, grid * grid).
+
+    One of the two crops, at random, has 10 to 50 % of its patches hidden, the other one none:
+    half of all crops, as in DINOv2, and never a batch without any.
+    """
+    rng = np.random.default_rng((*key, MASK_STREAM))
+    masks = np.zeros((2, grid * grid), dtype=bool)
+    crop = rng.integers(2)
+    count = max(1, round(grid * grid * rng.uniform(*MASK_SHARES)))
+    masks[crop] = draw_block_mask(grid, count, rng).ravel()
+    return masks
+
+
+def draw_block_mask(grid: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask (grid, grid) of `count` patches, in rectangles as far as they fit.
+
+    After BEiT (arXiv 2106.08254, algorithm 1): whole blocks, since a single hidden patch is
+    guessed from its neighbours.
+    """
+    mask = np.zeros((grid, grid), dtype=bool)
+    for _ in range(10):
+        left = count - int(mask.sum())
+        if left < 4:
+            break
+        area = rng.uniform(4, left)
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h = round(math.sqrt(area * aspect))
+        w = round(math.sqrt(area / aspect))
+        if not (0 < h <= grid and 0 < w <= grid):
+            continue
+        top = rng.integers(grid - h + 1)
+        side = rng.integers(grid - w + 1)
+        block = mask[top : top + h, side : side + w]
+        if np.count_nonzero(~block) <= left:
+            block[:] = True
+
+    # Single patches make up what the blocks leave.
+    free = np.flatnonzero(~mask)
+    chosen = rng.choice(free, count - int(mask.sum()), replace=False)
+    mask.ravel()[chosen] = True
+    return mask
+
+
+# --------------------------------------------------------------------------------- a batch of views
+class PatchMasks(NamedTuple):
+    """The M patches of a batch's global crops that the student does not see; all None without."""
+
+    hidden: Tensor | None = None  # (2 B, N) bool
+    index: Tensor | None = None  # (M,) int64, their places among all 2 B N patches
+    weight: Tensor | None = None  # (M,) float32, 1 / (hidden ones of the crop x crops with any)
+
+
+class CropBatch(NamedTuple):
+    """The views of a batch, normalised, on their device; views are the outer dimension."""
+
+    crops: list[Tensor]  # (2 B, 3, G, G), and (V B, 3, L, L) if V is not 0
+    masks: PatchMasks
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of all tensors until what `stream` has been told so far is done."""
+        for tensor in (*self.crops, *self.masks):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+
 def color_views(
     batch: dict[str, Tensor], device: torch.device, mean: Sequence[float], std: Sequence[float]
-) -> list[Tensor]:
+) -> CropBatch:
     """Bring a batch of MultiCrop's items to the device, coloured and normalised.
 
-    Returns a tensor for each resolution, views as the outer dimension: (2 B, 3, G, G), and
-    (V B, 3, L, L) if V is not 0.
     `mean` and `std` are RGB's, 0 to 1.
     """
     center = _constant(tuple(mean), device)
@@ -309,7 +380,22 @@ def color_views(
         if len(images):
             rows = colors.transpose(0, 1).flatten(0, 1)
             crops.append(apply_color(images, rows, center, spread))
-    return crops
+    masks = PatchMasks()
+    if "mask" in batch:
+        masks = index_masks(batch["mask"].transpose(0, 1).flatten(0, 1), device)
+    return CropBatch(crops, masks)
+
+
+def index_masks(hidden: Tensor, device: torch.device) -> PatchMasks:
+    """Return masks (2 B, N), bool on the CPU, on the device, with the places of their patches.
+
+    They are counted here, on the CPU, since a GPU would be waited for.
+    """
+    per_crop = hidden.sum(dim=1)
+    crop = hidden.nonzero()[:, 0]  # (M,)
+    weight = 1 / (per_crop[crop] * (per_crop > 0).sum())
+    parts = (hidden, hidden.flatten().nonzero()[:, 0], weight)
+    return PatchMasks(*(part.to(device, non_blocking=True) for part in parts))
 
 
 @functools.cache

@@ -34,6 +34,26 @@ def distillation_loss(student_logits: Tensor, teacher_probs: Tensor, student_tem
     return -matched / (batch * (teachers * views - teachers))
 
 
+def patch_loss(
+    student_logits: Tensor, teacher_probs: Tensor, weight: Tensor, student_temp: float
+) -> Tensor:
+    """Return the cross-entropy of the student's masked patches against the teacher's, a scalar.
+
+    `student_logits` and `teacher_probs` (M, K) are of the same M patches: the student saw a mask
+    token in their place, the teacher the patches. `weight` (M,) is 1 / (masked patches of the
+    patch's crop x crops that have any). The naive form:
+
+        for crop in crops_with_masked_patches:
+            for m in masked_patches(crop):
+                of_crop.append(-(P[m] * log_softmax(S[m] / student_temp)).sum())
+            terms.append(mean(of_crop))
+        loss = mean(terms)                                       # iBOT, arXiv 2111.07832, eq. 2
+    """
+    log_probs = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
+    cross_entropy = -(teacher_probs * log_probs).sum(dim=-1)  # (M,)
+    return (weight * cross_entropy).sum()
+
+
 def centered_probs(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
     """Return softmax((t - c) / temperature) of logits (..., K) and a centre (K,), in fp32."""
     return torch.softmax((teacher_logits.float() - center) / teacher_temp, dim=-1)
@@ -53,7 +73,9 @@ def update_center(center: Tensor, mean: Tensor, momentum: float = 0.9) -> None:
     center.lerp_(mean, 1 - momentum)
 
 
-def sinkhorn_probs(teacher_logits: Tensor, teacher_temp: float, iterations: int = 3) -> Tensor:
+def sinkhorn_probs(
+    teacher_logits: Tensor, teacher_temp: float, iterations: int = 3, samples: float = 0
+) -> Tensor:
     """Return targets (T, B, K) that use all prototypes equally, by Sinkhorn-Knopp, in fp32.
 
     Over the samples of all views and processes, in the naive form with Q (samples, K):
@@ -62,11 +84,12 @@ def sinkhorn_probs(teacher_logits: Tensor, teacher_temp: float, iterations: int 
         repeat: Q /= Q.sum(0) * K;  Q /= Q.sum(1) * samples      # prototypes, then samples
         Q *= samples                                             # rows sum to 1
 
+    `samples` is their number over all processes, where they do not all have as many (0: they do).
     SwAV, arXiv 2006.09882, section 3; in place of DINO's centring since arXiv 2304.07193.
     """
     # Kept as logarithms, so that no temperature over- or underflows.
     log_q = teacher_logits.float().flatten(0, 1) / teacher_temp  # (samples, K)
-    log_samples = math.log(len(log_q) * _world())
+    log_samples = math.log(samples or len(log_q) * _world())
     for _ in range(iterations):
         log_q = log_q - _log_sum_over_samples(log_q) - math.log(log_q.shape[1])
         log_q = log_q - log_q.logsumexp(dim=1, keepdim=True) - log_samples
@@ -168,6 +191,11 @@ def mean_over_processes(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the mean of each term (scalars) over all processes, with one exchange."""
     means = all_reduce(torch.stack(list(terms.values()))) / _world()
     return dict(zip(terms, means.unbind(), strict=True))
+
+
+def total_over_processes(count: int) -> float:
+    """Return the sum of a count over all processes; the exchange waits for no GPU."""
+    return float(all_reduce(torch.tensor(float(count), dtype=torch.float64)))
 
 
 def _world() -> int:

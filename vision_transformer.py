@@ -3,7 +3,7 @@
 `Backbone` wraps timm's network and gives the method what it reads: the embedding ([CLS]), patch
 tokens, frozen features of several blocks, and the last block's attention. Its weights stand in
 files under timm's names, which are DINO's too. `Network` is a backbone with its head.
-Shapes: B batch, V views, N tokens, D width, H heads, K prototypes.
+Shapes: B batch, V views, N tokens or patches, M masked patches, D width, H heads, K prototypes.
 """
 
 from __future__ import annotations
@@ -504,17 +504,42 @@ class Outputs(NamedTuple):
 
     cls_logits: Tensor  # (views B, K), global crops first
     cls_tokens: Tensor  # (2 B, D), of the global crops
+    patch_logits: Tensor | None  # (M, K), of the masked patches
 
 
 class Network(nn.Module):
-    """Backbone and projection head; student and teacher are one each."""
+    """Backbone and projection head; student and teacher are one each.
 
-    def __init__(self, backbone: Backbone, head: ProjectionHead) -> None:
+    The student of the patch objective has a mask token too, which no backbone is exported with.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: ProjectionHead, *, mask_token: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
 
-    def forward(self, crops: Sequence[Tensor]) -> Outputs:
-        """Return the outputs for crops (V_i B, 3, h, w) of each resolution, global ones first."""
-        cls_tokens = [self.backbone(batch) for batch in crops]
-        return Outputs(self.head(torch.cat(cls_tokens)), cls_tokens[0])
+    def forward(
+        self, crops: Sequence[Tensor], masked: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Outputs:
+        """Return the outputs for crops (V_i B, 3, h, w) of each resolution, global ones first.
+
+        `masked` (M,) are places among the 2 B N patches of the global crops, whose logits are
+        wanted; `hidden` (2 B, N) are the patches that the mask token takes the place of.
+        """
+        if masked is None:
+            cls_tokens = [self.backbone(batch) for batch in crops]
+            return Outputs(self.head(torch.cat(cls_tokens)), cls_tokens[0], None)
+
+        mask_token = None if hidden is None else self.mask_token
+        tokens = self.backbone.all_tokens(crops[0], hidden, mask_token)
+        cls_tokens = [tokens.embedding]
+        for batch in crops[1:]:
+            cls_tokens.append(self.backbone(batch))
+        # One head serves [CLS] and patches (DINOv2, arXiv 2304.07193, section 4), in two passes,
+        # so that each has its own statistics where the head has batch norm.
+        patch_logits = self.head(tokens.patches.flatten(0, 1)[masked])
+        return Outputs(self.head(torch.cat(cls_tokens)), tokens.embedding, patch_logits)

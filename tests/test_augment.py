@@ -29,10 +29,10 @@ ZERO, ONE = torch.zeros(3), torch.ones(3)
 GREY = torch.tensor([0.299, 0.587, 0.114])
 
 
-def multi_crop(whole=224, part=96, **changed):
+def multi_crop(whole=224, part=96, *, mask_grid=0, **changed):
     """Views of these sizes, not flipped upside down unless told."""
     sizes = {"global_crop_size": whole, "local_crop_size": part, "flip_vertical": False}
-    return augment.MultiCrop(MultiCropOptions(**{**sizes, **changed}))
+    return augment.MultiCrop(MultiCropOptions(**{**sizes, **changed}), mask_grid)
 
 
 def to_pil(image):
@@ -390,6 +390,79 @@ def test_jitter_spreads_as_torchvisions(middle):
         pair = [measure(torch.einsum("c,bchw->bhw", GREY, x)).numpy() for x in (found, expected)]
         changed = [v[abs(v - np.median(v)) > 2e-3] for v in pair]  # rounding moves the unchanged
         assert ks_2samp(*changed).pvalue > 1e-3
+
+
+# ----------------------------------------------------------------------------------- masked patches
+
+
+@pytest.mark.parametrize("grid", [1, 2, 6, 14, 28])
+def test_masks_hide_what_is_asked(grid):
+    """Of the 2 global crops one, either one, with 10 to 50 % of its patches."""
+    hidden = np.stack([augment.draw_masks(grid, (7, key)) for key in range(400)])
+    per_crop = hidden.sum(axis=2)
+    assert hidden.shape == (400, 2, grid * grid) and hidden.dtype == bool
+    assert ((per_crop > 0).sum(axis=1) == 1).all()
+    assert 0.4 < (per_crop[:, 0] > 0).mean() < 0.6
+    counts = per_crop.max(axis=1)
+    least, most = max(1, round(0.1 * grid**2)), max(1, round(0.5 * grid**2))
+    assert counts.min() >= least and counts.max() <= most
+    if grid >= 14:
+        assert ks_2samp(counts / grid**2, np.linspace(0.1, 0.5, 5000)).pvalue > 1e-3
+        assert (hidden.any(axis=(0, 1))).all(), "every place is hidden at times"
+
+
+def test_masked_patches_lie_in_blocks():
+    """More neighbours are hidden together than by chance."""
+    rng = np.random.default_rng(0)
+    together = []
+    for _ in range(200):
+        mask = augment.draw_block_mask(14, 50, rng)
+        assert mask.sum() == 50
+        together.append((mask[:, 1:] & mask[:, :-1]).sum() / 50)
+    by_chance = 50 / 196 * 13 / 14
+    assert np.mean(together) > 2 * by_chance
+
+
+def test_masks_change_no_view(photograph):
+    plain = multi_crop(32, 16)(photograph, (1, 2, 3))
+    masked = multi_crop(32, 16, mask_grid=4)(photograph, (1, 2, 3))
+    hidden = masked.pop("mask")
+    assert hidden.shape == (2, 16) and hidden.dtype == torch.bool
+    assert plain.keys() == masked.keys()
+    assert all(torch.equal(plain[name], masked[name]) for name in plain)
+
+
+def test_masks_of_a_batch_by_hand():
+    """Places view by view; a crop's patches share its weight, the weights sum to 1."""
+    hidden = torch.zeros(2, 2, 4, dtype=torch.bool)  # photographs, crops, patches
+    hidden[0, 1, 2] = True
+    hidden[1, 0, [0, 1, 3]] = True
+    batch = {
+        "global": torch.zeros(2, 2, 3, 4, 4, dtype=torch.uint8),
+        "local": torch.zeros(2, 0, 3, 2, 2, dtype=torch.uint8),
+        "color": torch.from_numpy(
+            np.stack(
+                [
+                    np.stack(
+                        [row(draw_color(np.zeros(3), 0.0, np.random.default_rng(0)))[0].numpy()] * 2
+                    )
+                ]
+                * 2
+            )
+        ),
+        "mask": hidden,
+    }
+    crops, masks = augment.color_views(batch, torch.device("cpu"), [0.5] * 3, [0.5] * 3)
+    assert len(crops) == 1 and crops[0].shape == (4, 3, 4, 4)
+    # Crops in order: first of photograph 0 and 1, second of photograph 0 and 1.
+    assert masks.hidden.tolist() == [
+        [False] * 4,
+        [True, True, False, True],
+        [False, False, True, False],
+        [False] * 4,
+    ]
+    assert masks.index.tolist() == [4, 5, 7, 10]
+    assert masks.weight.tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
 
 
 # ------------------------------------------------------------------------------------------ options

@@ -20,8 +20,10 @@ from losses import (
     koleo_loss,
     mean_by_name,
     mean_over_processes,
+    patch_loss,
     sinkhorn_probs,
     target_entropies,
+    total_over_processes,
     update_center,
 )
 
@@ -238,6 +240,48 @@ def test_target_entropies_by_hand():
     assert target_entropies(half) == pytest.approx(expected, rel=1e-6)
 
 
+# ----------------------------------------------------------------------------------- masked patches
+
+
+def naive_patch_loss(student, teacher_probs, crop_of_patch, temp):
+    """Go through crops, their masked patches and prototypes one by one, in float64."""
+    terms = []
+    for crop in sorted(set(crop_of_patch)):
+        of_crop = []
+        for patch, its_crop in enumerate(crop_of_patch):
+            if its_crop == crop:
+                scaled = student[patch].double() / temp
+                log_probs = scaled - scaled.exp().sum().log()
+                of_crop.append(-(teacher_probs[patch].double() * log_probs).sum())
+        terms.append(sum(of_crop) / len(of_crop))
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("crop_of_patch", [[0], [0, 0, 2, 2, 2, 5], [1, 3, 3, 3, 3]])
+@pytest.mark.parametrize("temp", [0.1, 1.0])
+def test_patch_loss_is_the_naive_loop(crop_of_patch, temp):
+    count = len(crop_of_patch)
+    student = random_logits(count, 12, seed=1).requires_grad_()
+    targets = random_logits(count, 12, seed=2, scale=3.0).softmax(dim=1)
+    crops = torch.tensor(crop_of_patch)
+    per_crop = torch.bincount(crops)
+    weight = 1 / (per_crop[crops] * (per_crop > 0).sum())
+    found = patch_loss(student, targets, weight, temp)
+    expected = naive_patch_loss(student, targets, crop_of_patch, temp)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    slopes = [torch.autograd.grad(loss, student)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-7)
+
+
+def test_patch_loss_is_computed_in_fp32():
+    student = random_logits(4, 1000, scale=20.0).bfloat16()
+    targets = random_logits(4, 1000, seed=5).softmax(dim=1)
+    weight = torch.full((4,), 0.25)
+    found = patch_loss(student, targets, weight, 0.1)
+    assert found.dtype == torch.float32
+    assert found == patch_loss(student.float(), targets, weight, 0.1)
+
+
 # -------------------------------------------------------------------------------------- bookkeeping
 
 
@@ -268,6 +312,11 @@ def shard_worker(rank: int, folder: str) -> None:
     logits = torch.load(f"{folder}/logits.pt")[:, 4 * rank : 4 * rank + 4]
     found = {"mean": batch_mean(logits), "sharp": sinkhorn_probs(logits, 0.05)}
     found["soft"] = sinkhorn_probs(logits, 1.0)
+    # Masked patches: 5 in one process, 3 in the other.
+    patches = torch.load(f"{folder}/patches.pt")
+    patches = patches[:, :5] if rank == 0 else patches[:, 5:]
+    samples = total_over_processes(patches.shape[1])
+    found["uneven"] = sinkhorn_probs(patches, 0.1, samples=samples)
     terms = {"loss": torch.tensor(1.0 + rank), "patch": torch.tensor(5.0 * rank)}
     found["terms"] = mean_over_processes(terms)
     torch.save(found, f"{folder}/found{rank}.pt")
@@ -278,11 +327,15 @@ def test_two_processes_do_as_one_on_the_whole_batch(tmp_path: Path):
     logits = random_logits(2, 8, 16)
     logits[:, 4:] += 1.5  # the processes see different photographs
     torch.save(logits, tmp_path / "logits.pt")
+    patches = random_logits(1, 8, 16, seed=3)
+    torch.save(patches, tmp_path / "patches.pt")
     torch.multiprocessing.spawn(shard_worker, (str(tmp_path),), nprocs=2)
     parts = [torch.load(tmp_path / f"found{rank}.pt") for rank in range(2)]
     for part in parts:
         torch.testing.assert_close(part["mean"], batch_mean(logits), rtol=1e-6, atol=1e-6)
         assert part["terms"] == {"loss": 1.5, "patch": 2.5}
+    joined = torch.cat([part["uneven"] for part in parts], dim=1)
+    torch.testing.assert_close(joined, sinkhorn_probs(patches, 0.1), rtol=1e-5, atol=1e-7)
     for name, temp in (("sharp", 0.05), ("soft", 1.0)):
         joined = torch.cat([part[name] for part in parts], dim=1)
         torch.testing.assert_close(joined, sinkhorn_probs(logits, temp), rtol=1e-5, atol=1e-7)

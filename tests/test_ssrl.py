@@ -31,7 +31,7 @@ def build(o):
     sampler = StepSampler(len(records), o.batch_size, o.accumulate, ONE, o.seed)
     state, run = SSRL.build_run(o, ONE, RunFolder(Path("run")), sampler)
     o.flip_vertical = False
-    crops = MultiCrop(o)
+    crops = MultiCrop(o, o.mask_grid)
     return state, run, PhotographDataset(manifest, records, crops, o.seed)
 
 
@@ -127,7 +127,7 @@ def test_schedules(tiny):
 def test_views_are_laid_out_view_by_view(tiny):
     _, run, dataset = build(tiny())
     batch = collate(dataset, [4, 9, 2])
-    large, small = crops_of(run, batch)
+    large, small = crops_of(run, batch).crops
     assert large.shape == (6, 3, 32, 32) and small.shape == (6, 3, 16, 16)
     mean = torch.tensor(IMAGENET_MEAN)
     std = torch.tensor(IMAGENET_STD)
@@ -151,7 +151,7 @@ def test_step_is_the_naive_one(tiny, koleo_weight):
     state.center.normal_(std=0.1)
     other, _, _ = build(o)
     batch = crops_of(run, collate(dataset, range(8)))
-    large, small = batch
+    large, small = batch.crops
     center = state.center.clone()
     result = SSRL.train_step(state, iter([batch]), run)
 
@@ -187,6 +187,74 @@ def test_step_is_the_naive_one(tiny, koleo_weight):
     assert all(p.grad is None for p in state.teacher.parameters()) and state.step == 1
 
 
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_patch_objective_is_the_naive_one(tiny, centering):
+    """Its term, its gradients on the mask token, and its centre, from crops one by one."""
+    o = tiny(optimizer="sgd", warmup_epochs=0, lr=3.2, clip_grad=0, patch_weight=0.7)
+    o.centering = centering
+    state, run, dataset = build(o)
+    torch.manual_seed(0)
+    state.patch_center.normal_(std=0.1)
+    center = state.patch_center.clone()
+    with torch.no_grad():
+        state.student.mask_token.normal_(std=0.1)
+    other, _, _ = build(o)
+    other.student.load_state_dict(state.student.state_dict())
+    batch = crops_of(run, collate(dataset, range(8)))
+    whole, hidden = batch.crops[0], batch.masks.hidden
+    assert hidden.shape == (16, 16) and (hidden.sum(dim=1) > 0).sum() == 8
+    result = SSRL.train_step(state, iter([batch]), run)
+
+    student, teacher = [], []
+    for crop, mask in zip(whole, hidden, strict=True):
+        seen = other.student.backbone.all_tokens(crop[None], mask[None], other.student.mask_token)
+        student.append(other.student.head(seen.patches[0, mask]))
+        plain = other.teacher.backbone.all_tokens(crop[None])
+        teacher.append(other.teacher.head(plain.patches[0, mask]).detach())
+    logits = torch.cat(teacher)
+    if centering == "mean":
+        targets = torch.softmax((logits - center) / 0.04, dim=1)
+        expected = 0.9 * center + 0.1 * logits.mean(dim=0)
+        torch.testing.assert_close(state.patch_center, expected)
+    else:
+        targets = SSRL.losses.sinkhorn_probs(logits[None], 0.04)[0]
+        assert torch.equal(state.patch_center, center)
+    of_crops = []
+    parts = targets.split([len(part) for part in student])
+    for prediction, target in zip(student, parts, strict=True):
+        if len(target):
+            cross = -(target * torch.log_softmax(prediction / 0.1, dim=1)).sum(dim=1)
+            of_crops.append(cross.mean())
+    loss = sum(of_crops) / len(of_crops)
+    assert len(of_crops) == 8
+    assert result.terms["patch"].item() == pytest.approx(loss.item(), rel=1e-5)
+
+    # Self-distillation sees the mask token, too.
+    outputs = other.student(batch.crops, batch.masks.index, hidden)
+    with torch.no_grad():
+        known = other.teacher(batch.crops[:1]).cls_logits.unflatten(0, (2, -1))
+    if centering == "mean":
+        probs = SSRL.losses.centered_probs(known, torch.zeros(64), 0.04)
+    else:
+        probs = SSRL.losses.sinkhorn_probs(known, 0.04)
+    views = outputs.cls_logits.unflatten(0, (4, -1))
+    total = SSRL.losses.distillation_loss(views, probs, 0.1) + 0.7 * loss
+    (slope,) = torch.autograd.grad(total, other.student.mask_token)
+    moved = other.student.mask_token.detach() - 3.2 * 8 / 256 * slope
+    torch.testing.assert_close(state.student.mask_token.detach(), moved, atol=1e-6, rtol=1e-4)
+    assert slope.abs().max() > 0
+
+
+def test_mask_token_is_not_the_backbones(tiny):
+    state, _, _ = build(tiny(patch_weight=1.0))
+    names = {name for name, _ in state.student.named_parameters() if "mask" in name}
+    assert names == {"mask_token"}
+    assert not [name for name in state.teacher.state_dict() if "mask" in name]
+    assert not [name for name in state.student.backbone.state_dict() if "mask" in name]
+    off, _, _ = build(tiny())
+    assert not [name for name in off.student.state_dict() if "mask" in name]
+
+
 ANY_VIT = [
     "vit_small_patch14_reg4_dinov2",
     "vit_small_patch16_dinov3",
@@ -200,13 +268,13 @@ def test_any_vit_of_timm_trains(tiny, arch):
     """One step with every objective; the teacher follows, the exported names are timm's."""
     patch = SSRL.vit.default_patch_size(arch)
     sizes = {"global_crop_size": 2 * patch, "local_crop_size": patch, "batch_size": 2}
-    o = tiny(arch=arch, patch_size=0, koleo_weight=0.1, drop_path=0.1, **sizes)
+    o = tiny(arch=arch, patch_size=0, patch_weight=1.0, koleo_weight=0.1, drop_path=0.1, **sizes)
     o.warmup_epochs = 0
     assert o.patch_size == patch
     state, run, dataset = build(o)
     before = copy_of(state)
     result = SSRL.train_step(state, iter([crops_of(run, collate(dataset, range(2)))]), run)
-    assert result.terms.keys() == {"loss", "koleo"}
+    assert result.terms.keys() == {"loss", "koleo", "patch"}
     assert all(value.isfinite() for value in result.terms.values())
     now = copy_of(state)
     for network in ("student", "teacher"):
@@ -258,6 +326,7 @@ def test_a_checkpoint_of_one_term_is_taken_over(tiny):
     SSRL.train_step(state, iter([batch]), run)
     saved = copy.deepcopy(state.state_dict())
     saved["losses"] = saved.pop("history")["loss"]
+    del saved["patch_center"]
     other, _, _ = build(tiny())
     other.load_state_dict(saved)
     assert same(copy_of(other), copy_of(state)) and other.step == 1

@@ -141,7 +141,16 @@ def test_more_epochs_continue_a_finished_run(tiny):
     assert load_torch(Path("run/checkpoint.pth"))["step"] == 10
 
 
-@pytest.mark.parametrize("changed", [{"local_crops_number": 0}, {"use_bn_in_head": True}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"local_crops_number": 0},
+        {"use_bn_in_head": True},
+        {"patch_weight": 1.0},
+        {"patch_weight": 1.0, "centering": "sinkhorn", "use_bn_in_head": True},
+    ],
+    ids=str,
+)
 def test_variants_train(tiny, changed):
     SSRL.main(tiny(epochs=1, **changed), None)
     losses = trained("run")[1]
