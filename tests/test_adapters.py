@@ -4,6 +4,7 @@ Run: pytest tests/test_adapters.py
 """
 
 from collections import Counter
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,15 +17,34 @@ from utils import HERE, InputError
 
 
 def eyepacs(root, patients=20, split="train", first=0, suffix=".jpeg"):
-    """Photographs and labels as Kaggle ships them; grades: left patient % 5, right 0."""
-    rows = ["image,level" if split == "train" else "image,level,Usage"]
+    """Make photographs and labels as Kaggle ships them; grades: left patient % 5, right 0."""
+    name = "trainLabels.csv"
+    header = "image,level"
+    usage = ""
+    if split == "test":
+        name = "retinopathy_solution.csv"
+        header = "image,level,Usage"
+        usage = ",Private"
+    rows = [header]
     for patient in range(first, first + patients):
-        for eye, grade in (("left", patient % 5), ("right", 0)):
-            touch(root, f"{split}/{patient}_{eye}{suffix}")
-            rows.append(f"{patient}_{eye},{grade}" + ",Private" * (split == "test"))
-    name = "trainLabels.csv" if split == "train" else "retinopathy_solution.csv"
+        touch(root, f"{split}/{patient}_left{suffix}", f"{split}/{patient}_right{suffix}")
+        rows.append(f"{patient}_left,{patient % 5}{usage}")
+        rows.append(f"{patient}_right,0{usage}")
     (root / name).write_text("\n".join(rows) + "\n")
     return rows
+
+
+def write_table(path, *rows):
+    path.write_text("\n".join(rows) + "\n")
+
+
+def grades_by_path(manifest):
+    return {record.path: record.grade for record in manifest.records}
+
+
+def has_note(manifest, *texts):
+    """Return whether one of the manifest's notes holds all the texts."""
+    return any(all(text in note for text in texts) for note in manifest.notes)
 
 
 # ------------------------------------------------------------------------------------------ EyePACS
@@ -37,21 +57,19 @@ def test_eyepacs_train_alone(tmp_path):
     assert len(manifest.records) == 100
     record = by_path(manifest)["train/13_left.jpeg"]
     assert (record.grade, record.patient, record.eye) == (3, "13", "left")
-    assert {name: len(p) for name, p in splits_of(manifest.records).items()} == {
-        "train": 36,
-        "val": 4,
-        "test": 10,
-    }
+    patients = splits_of(manifest.records)
+    assert (len(patients["train"]), len(patients["val"]), len(patients["test"])) == (36, 4, 10)
     assert_disjoint(manifest.records)
-    assert any("test" in note and "20 %" in note for note in manifest.notes)
+    assert has_note(manifest, "test", "20 %")
 
 
 def test_eyepacs_with_test(tmp_path):
     eyepacs(tmp_path, 20)
     eyepacs(tmp_path, 30, "test", first=100)
     manifest = open_data(tmp_path)
-    assert splits_of(manifest.records)["test"] == {str(p) for p in range(100, 130)}
-    assert len(splits_of(manifest.records)["val"]) == 2
+    patients = splits_of(manifest.records)
+    assert patients["test"] == set(map(str, range(100, 130)))
+    assert len(patients["val"]) == 2
     assert by_path(manifest)["test/104_left.jpeg"].grade == 4
     assert len(manifest.split("test")) == 60
 
@@ -61,17 +79,17 @@ def test_eyepacs_test_alone(tmp_path):
     assert {record.split for record in open_data(tmp_path).records} == {"test"}
 
 
-def test_eyepacs_test_without_its_grades_is_left_out_and_told(tmp_path):
+def test_eyepacs_test_without_its_grades_is_left_out_and_noted(tmp_path):
     eyepacs(tmp_path)
-    touch(tmp_path, *(f"test/{n}_left.jpeg" for n in range(900, 907)))
-    zeros = "\n".join(f"{n}_left,0" for n in range(900, 907))
-    (tmp_path / "sampleSubmission.csv").write_text(f"image,level\n{zeros}\n")
+    zeros = []
+    for patient in range(900, 907):
+        touch(tmp_path, f"test/{patient}_left.jpeg")
+        zeros.append(f"{patient}_left,0")
+    write_table(tmp_path / "sampleSubmission.csv", "image,level", *zeros)
     manifest = open_data(tmp_path)
     assert len(manifest.records) == 40
     assert not any(record.path.startswith("test/") for record in manifest.records)
-    assert any(
-        "7 photographs of test/" in n and "retinopathy_solution" in n for n in manifest.notes
-    )
+    assert has_note(manifest, "7 photographs of test/", "retinopathy_solution")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".JPG", ".tiff"])
@@ -81,23 +99,22 @@ def test_eyepacs_mirrors_with_other_suffixes(tmp_path, suffix):
 
 
 def test_eyepacs_mirrors_in_grade_folders_or_unpacked_one_level_deeper(tmp_path):
-    rows = eyepacs(tmp_path / "a", 10)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "trainLabels.csv").write_text("\n".join(rows))
+    rows = eyepacs(tmp_path / "original", 10)
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    write_table(mirror / "trainLabels.csv", *rows)
     for row in rows[1:]:
         name, grade = row.split(",")
-        touch(tmp_path / "b", f"train/train/{grade}/{name.upper()}.png")
-    grades = [
-        {(r.patient, r.eye): r.grade for r in open_data(tmp_path / name).records} for name in "ab"
-    ]
-    assert grades[0] == grades[1]
+        touch(mirror, f"train/train/{grade}/{name.upper()}.png")
+    expected = {(r.patient, r.eye, r.grade) for r in open_data(tmp_path / "original").records}
+    assert {(r.patient, r.eye, r.grade) for r in open_data(mirror).records} == expected
 
 
 def test_eyepacs_csv_with_bom_crlf_blanks_semicolons_and_suffixes(tmp_path):
     touch(tmp_path, "train/1_left.jpeg", "train/1_right.jpeg", "train/2_left.jpeg")
     text = "image ; level ;\r\n 1_left.jpeg ; 2 ;\r\n1_right;4.0;\r\n\r\n2_left;0;"
     (tmp_path / "trainLabels.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    grades = {record.path: record.grade for record in open_data(tmp_path).records}
+    grades = grades_by_path(open_data(tmp_path))
     assert grades == {"train/1_left.jpeg": 2, "train/1_right.jpeg": 4, "train/2_left.jpeg": 0}
 
 
@@ -108,10 +125,10 @@ def test_eyepacs_rows_and_files_without_partner_are_counted_with_five_names(tmp_
     touch(tmp_path, "train/77_left.jpeg", "train/.78_left.jpeg", "train/Thumbs.db")
     manifest = open_data(tmp_path)
     assert len(manifest.records) == 33
-    rows = next(note for note in manifest.notes if "rows" in note)
-    assert rows.startswith("7 ") and rows.count("_left") == 5
-    files = next(note for note in manifest.notes if "photographs without" in note)
-    assert files.startswith("1 ") and "77_left" in files
+    (rows,) = (note for note in manifest.notes if "rows" in note)
+    assert rows.startswith("7 ")
+    assert rows.count("_left") == 5
+    assert has_note(manifest, "1 photographs without", "77_left")
 
 
 def test_eyepacs_same_stem_twice_names_both_files(tmp_path):
@@ -172,8 +189,8 @@ def test_eyepacs_mirrors_need_no_folder_named_train(tmp_path, folder):
         path.rename(tmp_path / folder / path.name)
     touch(tmp_path, "test/900_left.jpeg")  # without a grade
     manifest = open_data(tmp_path)
-    assert manifest.layout == "eyepacs" and len(manifest.records) == 20
-    assert any("photographs of test/ left out" in note for note in manifest.notes)
+    assert (manifest.layout, len(manifest.records)) == ("eyepacs", 20)
+    assert has_note(manifest, "photographs of test/ left out")
 
 
 def test_eyepacs_known_bad_photographs_are_kept_and_listed(tmp_path):
@@ -195,23 +212,28 @@ def test_sample_submission_is_never_read_as_labels(tmp_path):
 
 
 def published(manifest):
-    """The note that holds what was found against what the data set publishes."""
+    """Return the notes that hold what was found beside what the data set publishes."""
     return [note for note in manifest.notes if "photographs of grades 0-4" in note]
 
 
 def test_aptos(tmp_path):
     """train.csv with grades, test.csv without, no patients; splits are made."""
-    rows = [f"id{i:03d},{i % 5}" for i in range(50)]
-    (tmp_path / "train.csv").write_text("id_code,diagnosis\n" + "\n".join(rows))
-    (tmp_path / "test.csv").write_text("id_code\nhidden\n")
-    (tmp_path / "sample_submission.csv").write_text("id_code,diagnosis\nhidden,0\n")
-    touch(tmp_path, "test_images/hidden.png", *(f"train_images/id{i:03d}.png" for i in range(50)))
+    rows = []
+    for number in range(50):
+        touch(tmp_path, f"train_images/id{number:03d}.png")
+        rows.append(f"id{number:03d},{number % 5}")
+    write_table(tmp_path / "train.csv", "id_code,diagnosis", *rows)
+    write_table(tmp_path / "test.csv", "id_code", "hidden")
+    write_table(tmp_path / "sample_submission.csv", "id_code,diagnosis", "hidden,0")
+    touch(tmp_path, "test_images/hidden.png")
     manifest = open_data(tmp_path)
-    assert manifest.layout == "aptos" and len(manifest.records) == 50
-    assert all(r.grade == int(r.patient[2:]) % 5 for r in manifest.records)
+    assert (manifest.layout, len(manifest.records)) == ("aptos", 50)
+    for record in manifest.records:
+        assert record.grade == int(record.patient[2:]) % 5
     assert Counter(r.split for r in manifest.records) == {"train": 36, "val": 4, "test": 10}
-    notes = "\n".join(manifest.notes)
-    assert "1 photographs of test.csv left out" in notes and "patients are not published" in notes
+    assert has_note(manifest, "1 photographs of test.csv left out")
+    assert has_note(manifest, "patients are not published")
+    assert not has_note(manifest, "tell no patient")
     assert published(manifest) == [
         "train: 50 photographs of grades 0-4 (10, 10, 10, 10, 10); "
         "published 3662 (1805, 370, 999, 193, 295)"
@@ -219,12 +241,12 @@ def test_aptos(tmp_path):
 
 
 def test_aptos_mirror_with_three_labelled_parts(tmp_path):
-    for part, name in (("train", "train_1.csv"), ("val", "valid.csv"), ("test", "test.csv")):
-        (tmp_path / name).write_text(f"id_code,diagnosis\n{part}0,0\n{part}1,4\n")
-        touch(tmp_path, f"{part}_images/{part}_images/{part}0.png")
-        touch(tmp_path, f"{part}_images/{part}_images/{part}1.png")
-    found = {(r.patient, r.grade, r.split) for r in open_data(tmp_path).records}
-    assert found == {(f"{p}{i}", 4 * i, p) for p in ("train", "val", "test") for i in range(2)}
+    expected = set()
+    for split, name in (("train", "train_1.csv"), ("val", "valid.csv"), ("test", "test.csv")):
+        write_table(tmp_path / name, "id_code,diagnosis", f"{split}0,0", f"{split}1,4")
+        touch(tmp_path / f"{split}_images/{split}_images", f"{split}0.png", f"{split}1.png")
+        expected |= {(f"{split}0", 0, split), (f"{split}1", 4, split)}
+    assert {(r.patient, r.grade, r.split) for r in open_data(tmp_path).records} == expected
 
 
 def test_aptos_with_upper_case_folders(tmp_path):
@@ -236,19 +258,22 @@ def test_aptos_with_upper_case_folders(tmp_path):
 def test_ddr(tmp_path):
     """Blank-separated lists, the split folder `valid`, grade 5 dropped and counted."""
     base = tmp_path / "DDR-dataset" / "DR_grading"
-    for number, part in enumerate(("train", "valid", "test")):
-        names = [f"00{number}-{i:04d}-000.jpg" for i in range(12)]
-        touch(base / part, *names)
-        lines = [f"{name} {i % 6}" for i, name in enumerate(names)]
-        (base / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    for part in ("train", "valid", "test"):
+        lines = []
+        for number in range(12):
+            name = f"{part}-{number:04d}-000.jpg"
+            touch(base / part, name)
+            lines.append(f"{name} {number % 6}")
+        base.mkdir(parents=True, exist_ok=True)
+        write_table(base / f"{part}.txt", *lines)
     manifest = open_data(tmp_path)
-    assert manifest.layout == "ddr" and len(manifest.records) == 30
+    assert (manifest.layout, len(manifest.records)) == ("ddr", 30)
     assert Counter(r.split for r in manifest.records) == {"train": 10, "val": 10, "test": 10}
-    assert sum("2 photographs left out, ungradable (grade 5)" in n for n in manifest.notes) == 3
-    assert "all: 30 photographs of grades 0-4 (6, 6, 6, 6, 6); published 12522" in "".join(
-        manifest.notes
-    )
-    (base / "test.txt").write_text("002-0000-000.jpg 6\n")
+    left_out = [note for note in manifest.notes if "left out, ungradable (grade 5)" in note]
+    assert len(left_out) == 3
+    assert all(note.startswith("2 photographs") for note in left_out)
+    assert has_note(manifest, "all: 30 photographs of grades 0-4 (6, 6, 6, 6, 6); published 12522")
+    write_table(base / "test.txt", "test-0000-000.jpg 6")
     with pytest.raises(InputError, match=r"test\.txt, row 1: grade is '6'"):
         open_data(tmp_path)
 
@@ -267,33 +292,47 @@ def test_a_list_that_holds_no_grades_is_not_taken_for_ddr(tmp_path):
     assert open_data(tmp_path).layout == "photographs"
 
 
-def messidor2(root, pairs):
-    rows = ["image_id,adjudicated_dr_grade,adjudicated_dme,adjudicated_gradable"]
-    rows += ["20051020_43808_0100_PP.png,0,0,1", "IM004832.jpg,3,1,1", "IM004833.jpg,,,0"]
-    (root / "messidor_data.csv").write_text("\n".join(rows))
-    touch(root, "IMAGES/20051020_43808_0100_PP.png", "IMAGES/IM004832.JPG", "IMAGES/IM004833.JPG")
-    if pairs:
-        (root / "messidor-2.csv").write_text(
-            "examID;left;right\n20051020_43808_0100_PP.png;IM004832.JPG\nIM004833.JPG;x.JPG\n"
-        )
+@pytest.fixture
+def messidor2(tmp_path):
+    """Messidor-2 without its table of pairs."""
+    write_table(
+        tmp_path / "messidor_data.csv",
+        "image_id,adjudicated_dr_grade,adjudicated_dme,adjudicated_gradable",
+        "20051020_43808_0100_PP.png,0,0,1",
+        "IM004832.jpg,3,1,1",
+        "IM004833.jpg,,,0",
+    )
+    touch(tmp_path / "IMAGES", "20051020_43808_0100_PP.png", "IM004832.JPG", "IM004833.JPG")
+    return tmp_path
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_messidor2(tmp_path, pairs):
+def test_messidor2(messidor2):
     """`.jpg` in the csv, `.JPG` on disk; ungradable ones dropped; all of it is a test set."""
-    messidor2(tmp_path, pairs)
-    manifest = open_data(tmp_path)
-    found = [(r.path, r.grade, r.split) for r in manifest.records]
-    assert manifest.layout == "messidor2" and found == [
+    manifest = open_data(messidor2)
+    assert manifest.layout == "messidor2"
+    assert [(r.path, r.grade, r.split) for r in manifest.records] == [
         ("IMAGES/20051020_43808_0100_PP.png", 0, "test"),
         ("IMAGES/IM004832.JPG", 3, "test"),
     ]
-    assert len({r.patient for r in manifest.records}) == (1 if pairs else 2)
-    lone = [note for note in manifest.notes if "tell no patient" in note]
-    unpaired = [note for note in manifest.notes if "messidor-2.csv of the download" in note]
-    assert len(lone) == len(unpaired) == (0 if pairs else 1)
-    assert any(note.startswith("1 photographs left out, ungradable") for note in manifest.notes)
-    assert any("published 1744" in note for note in manifest.notes)
+    assert has_note(manifest, "1 photographs left out, ungradable")
+    assert has_note(manifest, "published 1744")
+
+
+def test_messidor2_pairs_the_eyes_where_its_table_of_pairs_is(messidor2):
+    alone = open_data(messidor2)
+    assert len({record.patient for record in alone.records}) == 2
+    assert has_note(alone, "messidor-2.csv of the download")
+    assert has_note(alone, "2 photographs whose names tell no patient")
+    write_table(
+        messidor2 / "messidor-2.csv",
+        "examID;left;right",
+        "20051020_43808_0100_PP.png;IM004832.JPG",
+        "IM004833.JPG;x.JPG",
+    )
+    paired = open_data(messidor2)
+    assert len({record.patient for record in paired.records}) == 1
+    assert not has_note(paired, "messidor-2.csv of the download")
+    assert not has_note(paired, "tell no patient")
 
 
 def test_messidor2_says_ungradable_in_several_ways_or_has_other_columns(tmp_path):
@@ -305,32 +344,27 @@ def test_messidor2_says_ungradable_in_several_ways_or_has_other_columns(tmp_path
     assert "1 photographs left out, ungradable: b" in manifest.notes
     assert "1 photographs left out, without a grade: c" in manifest.notes
     (tmp_path / "messidor_data.csv").write_text("id_code,diagnosis\na,1\n")
-    assert any("tables are not read" in note for note in open_data(tmp_path).notes)
-
-
-def idrid(root):
-    header = "Image name,Retinopathy grade,Risk of macular edema ,,,\n"
-    images, truths = root / "1. Original Images", root / "2. Groundtruths"
-    for letter, part, count in (("a", "Training", 6), ("b", "Testing", 3)):
-        touch(
-            images / f"{letter}. {part} Set", *(f"IDRiD_{i:03d}.jpg" for i in range(1, count + 1))
-        )
-        rows = "".join(f"IDRiD_{i:03d},{i % 5},0,,,\n" for i in range(1, count + 1))
-        truths.mkdir(exist_ok=True)
-        name = f"{letter}. IDRiD_Disease Grading_{part} Labels.csv"
-        (truths / name).write_text(header + rows)
+    assert has_note(open_data(tmp_path), "tables are not read")
 
 
 def test_idrid(tmp_path):
     """Trailing blanks and empty columns in headers; the same numbers in train and test."""
-    idrid(tmp_path / "B. Disease Grading")
+    root = tmp_path / "B. Disease Grading"
+    for part, count in (("a. Training", 6), ("b. Testing", 3)):
+        rows = ["Image name,Retinopathy grade,Risk of macular edema ,,,"]
+        for number in range(1, count + 1):
+            touch(root / "1. Original Images" / f"{part} Set", f"IDRiD_{number:03d}.jpg")
+            rows.append(f"IDRiD_{number:03d},{number % 5},0,,,")
+        letter, name = part.split(" ")
+        (root / "2. Groundtruths").mkdir(exist_ok=True)
+        table = f"{letter} IDRiD_Disease Grading_{name} Labels.csv"
+        write_table(root / "2. Groundtruths" / table, *rows)
     touch(tmp_path, "A. Segmentation/1. Original Images/a. Training Set/IDRiD_01.jpg")
     manifest = open_data(tmp_path)
-    assert manifest.layout == "idrid" and len(manifest.records) == 9
-    found = Counter(r.split for r in manifest.records)
-    assert found["test"] == 3 and found["train"] + found["val"] == 6
-    assert len({r.patient for r in manifest.records}) == 9
-    grades = {r.path.rpartition("/")[2]: r.grade for r in manifest.records if r.split == "test"}
+    assert (manifest.layout, len(manifest.records)) == ("idrid", 9)
+    assert len(manifest.split("train") + manifest.split("val")) == 6
+    assert len({record.patient for record in manifest.records}) == 9
+    grades = {Path(record.path).name: record.grade for record in manifest.split("test")}
     assert grades == {"IDRiD_001.jpg": 1, "IDRiD_002.jpg": 2, "IDRiD_003.jpg": 3}
     assert len(published(manifest)) == 2
 

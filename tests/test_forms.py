@@ -123,7 +123,7 @@ def test_class_folders_by_a_map(tmp_path):
     }
 
 
-def test_class_folders_one_level_deeper_are_told(tmp_path):
+def test_class_folders_one_level_deeper_are_refused(tmp_path):
     touch(tmp_path, *(f"data/{grade}/{i}.png" for grade in range(5) for i in range(2)))
     with pytest.raises(InputError, match=f"one level too high; give {tmp_path}/data"):
         open_data(tmp_path)
@@ -136,7 +136,7 @@ def test_flat_and_nested_photographs(tmp_path):
     touch(tmp_path, *(f"{n}_left.JPG" for n in range(10)), "more/deep/x.webp", "more/notes.txt")
     touch(tmp_path, ".hidden/y.png", "__MACOSX/z.png")
     manifest = open_data(tmp_path)
-    assert manifest.layout == "photographs" and len(manifest.records) == 11
+    assert (manifest.layout, len(manifest.records)) == ("photographs", 11)
     assert {record.grade for record in manifest.records} == {None}
     assert by_path(manifest)["more/deep/x.webp"].patient == "x"
     assert any("no grades" in note for note in manifest.notes)
@@ -160,7 +160,7 @@ def test_one_level_too_high_names_the_folder(tmp_path, make):
         open_data(tmp_path)
 
 
-def test_tables_that_no_layout_takes_are_told(tmp_path):
+def test_tables_that_no_layout_takes_are_noted(tmp_path):
     (tmp_path / "labels.csv").write_text("image,level\na,1\nb,2\n")
     touch(tmp_path, "images/a.png", "images/b.png")
     notes = open_data(tmp_path).notes
@@ -175,37 +175,51 @@ def csv_of(root, text, *paths, name="my.csv"):
     touch(root, *paths)
 
 
-def test_any_csv_with_named_columns(tmp_path):
+def rows_of(manifest):
+    return {(record.path, record.grade, record.patient) for record in manifest.records}
+
+
+def test_csv_with_named_columns(tmp_path):
     rows = ["file,dr,who", "a/1.png,0,ann", "a/2.png,4,ann", "b/1.png,2,bob", "b/2.png,,cid"]
-    (tmp_path / "clinic.csv").write_text("\n".join(rows))
-    touch(tmp_path, "a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png")
-    manifest = open_data(tmp_path, reading=Reading("file", "dr", "who"))
-    found = {(r.path, r.grade, r.patient) for r in manifest.records}
-    assert found == {
-        ("a/1.png", 0, "ann"),
-        ("a/2.png", 4, "ann"),
-        ("b/1.png", 2, "bob"),
-        ("b/2.png", None, "cid"),
-    }
-    (tmp_path / "clinic.csv").write_text("file,dr\n1.jpg,0\n3.jpg,1\n")  # names alone
+    csv_of(tmp_path, "\n".join(rows), "a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png")
+    for path in (tmp_path, tmp_path / "my.csv"):
+        manifest = open_data(path, reading=Reading("file", "dr", "who"))
+        assert manifest.layout == "csv"
+        assert rows_of(manifest) == {
+            ("a/1.png", 0, "ann"),
+            ("a/2.png", 4, "ann"),
+            ("b/1.png", 2, "bob"),
+            ("b/2.png", None, "cid"),
+        }
+
+
+def test_csv_of_names_alone(tmp_path):
+    csv_of(tmp_path, "file,dr\n1.jpg,0\n3.jpg,1\n", "a/1.png", "b/3.png")
+    manifest = open_data(tmp_path, reading=Reading("file", "dr"))
+    assert rows_of(manifest) == {("a/1.png", 0, "1"), ("b/3.png", 1, "3")}
+    touch(tmp_path, "b/1.png")
     with pytest.raises(InputError, match=r"a/1\.png and b/1\.png have the same name"):
         open_data(tmp_path, reading=Reading("file", "dr"))
-    (tmp_path / "clinic.csv").write_text("file,dr\na/1.png,0\nb/2.png,1\n")
-    assert open_data(tmp_path / "clinic.csv", reading=Reading("file", "dr")).layout == "csv"
-    for bad in ("/etc/passwd", "../x.png", "C:\\x.png"):
-        (tmp_path / "clinic.csv").write_text(f"file,dr\na/1.png,0\n{bad},1\n")
-        with pytest.raises(InputError, match=r"clinic\.csv, row 3: path is"):
-            open_data(tmp_path, reading=Reading("file", "dr"))
 
 
-def test_csv_rows_go_by_path_and_missing_ones_are_told(tmp_path):
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.png", "C:\\x.png"])
+def test_csv_paths_never_lead_out_of_its_folder(tmp_path, path):
+    csv_of(tmp_path, f"file,dr\na.png,0\n{path},1\n", "a.png")
+    with pytest.raises(InputError, match=r"my\.csv, row 3: path is"):
+        open_data(tmp_path, reading=Reading("file", "dr"))
+
+
+def test_csv_rows_go_by_path_and_missing_ones_are_noted(tmp_path):
     """Both folders number alike: nobody gets another one's row because a file is missing."""
-    rows = [f"a/{i}.png,1,ann{i}" for i in range(4)] + [f"./b/{i}.png,2,bob{i}" for i in range(3)]
-    csv_of(tmp_path, "file,dr,who\n" + "\n".join(rows), *(f"a/{i}.png" for i in range(4)))
-    touch(tmp_path, "b/0.png", "b/9.png")
+    rows = ["file,dr,who", "a/0.png,1,ann", "a/1.png,1,ann", "./b/0.png,2,bob", "./b/1.png,2,bob"]
+    rows.append("b/2.png,2,bob")
+    csv_of(tmp_path, "\n".join(rows), "a/0.png", "a/1.png", "b/0.png", "b/9.png")
     manifest = open_data(tmp_path, reading=Reading("file", "dr", "who"))
-    found = {(r.path, r.grade, r.patient) for r in manifest.records}
-    assert found == {(f"a/{i}.png", 1, f"ann{i}") for i in range(4)} | {("b/0.png", 2, "bob0")}
+    assert rows_of(manifest) == {
+        ("a/0.png", 1, "ann"),
+        ("a/1.png", 1, "ann"),
+        ("b/0.png", 2, "bob"),
+    }
     assert "2 rows of my.csv without photograph: b/1.png, b/2.png" in manifest.notes
 
 
@@ -218,11 +232,8 @@ def test_csv_with_two_patients_for_one_photograph_is_refused(tmp_path):
 def test_csv_without_a_patient_in_a_row_and_by_tabs_and_upper_case(tmp_path):
     csv_of(tmp_path, "file\tdr\twho\na.png\t1\tann\nb.png\t2\t\n", "a.png", "b.png", name="MY.CSV")
     for path in (tmp_path, tmp_path / "MY.CSV"):
-        records = open_data(path, reading=Reading("file", "dr", "who")).records
-        assert {(r.path, r.grade, r.patient) for r in records} == {
-            ("a.png", 1, "ann"),
-            ("b.png", 2, "b"),
-        }
+        manifest = open_data(path, reading=Reading("file", "dr", "who"))
+        assert rows_of(manifest) == {("a.png", 1, "ann"), ("b.png", 2, "b")}
 
 
 def test_csv_rows_of_links_out_of_the_folder_are_refused(tmp_path):
@@ -242,7 +253,7 @@ def test_a_csv_without_its_columns_named_is_refused(tmp_path):
     assert "1 tables are not read; prepare_data.py --path-column would: my.csv" in manifest.notes
 
 
-def test_sample_submission_beside_photographs_is_told(tmp_path):
+def test_sample_submission_beside_photographs_is_noted(tmp_path):
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "sampleSubmission.csv").write_text("image,level\na,0\nb,0\n")
     manifest = open_data(tmp_path)

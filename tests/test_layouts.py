@@ -43,8 +43,27 @@ def test_an_unfinished_preparation_is_no_data(tmp_path):
         open_data(tmp_path)
 
 
-def test_names_that_tell_no_patient_are_told(tmp_path):
+def test_names_that_tell_no_patient_are_noted(tmp_path):
     touch(tmp_path, "0_left_1.png", "normal.png", "1_left.png", "1_right.png")
     manifest = open_data(tmp_path)
     (note,) = (note for note in manifest.notes if "tell no patient" in note)
     assert note.startswith("2 photographs") and note.endswith("0_left_1.png, normal.png")
+
+
+def test_photographs_that_share_a_patient_are_not_said_to_count_alone(tmp_path):
+    touch(tmp_path, "10.png", "10_left.png", "20.png")
+    manifest = open_data(tmp_path)
+    assert len({record.patient for record in manifest.records}) == 2
+    (note,) = (note for note in manifest.notes if "tell no patient" in note)
+    assert note.startswith("1 photographs")
+    assert note.endswith(": 20.png")
+
+
+def test_a_layout_by_name_is_tried_alone(tmp_path):
+    """The folder is EyePACS' as well; read as photographs it has no grades."""
+    touch(tmp_path, "images/1_left.jpeg", "images/1_right.jpeg")
+    (tmp_path / "trainLabels.csv").write_text("image,level\n1_left,0\n1_right,1\n")
+    assert open_data(tmp_path).layout == "eyepacs"
+    manifest = open_data(tmp_path, "photographs")
+    assert manifest.layout == "photographs"
+    assert {record.grade for record in manifest.records} == {None}

@@ -179,7 +179,7 @@ def test_all_copies_under_other_patients_names_are_found_and_nothing_else(tmp_pa
         assert split_of[f"p{number}_left"] == split_of[f"q{number}_left"]
 
 
-def test_copies_in_published_splits_and_with_other_grades_are_told(tmp_path):
+def test_copies_in_published_splits_and_with_other_grades_are_noted(tmp_path):
     source = tmp_path / "source"
     for split, grade, seed in (("train", 0, 1), ("train", 1, 2), ("test", 0, 3), ("test", 3, 1)):
         draw(source / split / str(grade) / f"{split}{grade}.jpg", seed)
@@ -337,12 +337,12 @@ def test_another_size_or_a_foreign_folder_is_refused(source, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"size": 8}, "--size 8: expected 32 to 4096"),
-        ({"size": 10**19}, "--size"),
-        ({"workers": -1}, "--workers -1: expected 0 to 1024"),
+        ({"size": 8}, "--size 8: expected"),
+        ({"size": 10**19}, "--size 10000000000000000000: expected"),
+        ({"workers": -1}, "--workers -1: expected"),
         ({"folds": 1}, "--folds 1: expected 2 or more"),
-        ({"folds": -2}, "--folds -2"),
-        ({"grades": {"healthy": 0, "sick": GRADES}}, "--grades 5: expected 0 to 4"),
+        ({"folds": -2}, "--folds -2: expected"),
+        ({"grades": {"healthy": 0, "sick": GRADES}}, "--grades 5: expected"),
         ({"grade_column": "dr"}, "--path-column"),
         ({"patient_column": "id"}, "--path-column"),
     ],
@@ -407,7 +407,7 @@ def kill_worker(task):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_killed_worker_is_told_and_not_waited_for(drawn, tmp_path, monkeypatch):
+def test_a_killed_worker_is_reported_and_not_waited_for(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "prepare_photograph", kill_worker)
     with pytest.raises(InputError, match="fewer --workers"):
         list(prepare_photographs(tasks_of(drawn, tmp_path), 2))
@@ -536,7 +536,7 @@ def test_copies_stay_in_one_fold_also_where_pictures_are_grahams(tmp_path, graha
             assert split_of[f"a{number}.jpg"] == split_of[f"b{number}.jpg"]
 
 
-def test_what_is_missing_is_told_before_preparing_and_listed_whole(source, tmp_path, caplog):
+def test_what_is_missing_is_noted_before_preparing_and_listed_whole(source, tmp_path, caplog):
     caplog.set_level("INFO", logger="ssrl")
     gone = [source / f"train/{n}_left.jpeg" for n in range(10)]
     for path in gone:
