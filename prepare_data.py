@@ -36,6 +36,7 @@ from fundus.adapters import LayoutName, layout_help
 from fundus.layouts import read_data
 from fundus.listing import Reading
 from fundus.manifest import GRADES, Manifest, picture_paths, picture_records, write_manifest
+from fundus.review import Facts
 from utils import Bounds, InputError, Stopped, check_bounds, log, run_main, write_atomic, write_json
 
 try:
@@ -45,9 +46,6 @@ except ImportError:  # Windows
 
 # Of all photographs. From here on the data set itself is in doubt, not single files of it.
 BAD_SHARE = 0.01
-
-# What is known of one photograph: a line of prepare.jsonl.
-Facts = dict[str, Any]
 
 
 @dataclass

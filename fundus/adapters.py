@@ -31,13 +31,12 @@ class Layout:
     published: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """How many photographs of each grade its authors count, by split; "all": in all splits."""
     has_patients: bool = True
-    """Whether photographs of one patient can be told to be so."""
+    """Whether it can be known which photographs are of one patient."""
     automatic: bool = True
     """Whether --layout auto tries it."""
 
 
 # -------------------------------------------------------------------------- data sets as downloaded
-
 
 # Of EyePACS, black or without a fundus that can be found, as its users have reported.
 KNOWN_BAD = """492_right 25313_right 27096_right 1986_left 32253_right 34689_left 43457_left
@@ -74,9 +73,10 @@ def _read_eyepacs(found: Found) -> list[Record] | None:
 
     # Kept as in the paper, so that counts stay the published ones.
     records = named_records(photographs)
+    stems = set(KNOWN_BAD.split())
     known_bad = []
     for record in records:
-        if PurePosixPath(record.path).stem in KNOWN_BAD.split():
+        if PurePosixPath(record.path).stem in stems:
             known_bad.append(record.path)
     found.add_note("photographs are known to be black or unusable, and kept", known_bad)
     return records

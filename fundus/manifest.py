@@ -266,7 +266,7 @@ def check_files(root: Path, places: Mapping[str, str]) -> list[str]:
     `places` says where each path stands in a table. Raises InputError, naming that place, for a
     link that leads out of `root`: a manifest from elsewhere must not make us read private files.
     """
-    # Every folder is listed once: asking the disk for each of 88,702 files takes minutes.
+    # Each folder is listed once, which is faster than asking the disk for every single file.
     listings: dict[str, dict[str, os.DirEntry]] = {}
     outside: dict[str, bool] = {}
     missing = []

@@ -17,7 +17,7 @@ SHOWN = 20  # lines of a list that the log shows
 NEAR_BLACK = 22
 BLANK = 2
 
-Facts = Mapping[str, Any]  # what prepare_data.py found out about one photograph
+Facts = dict[str, Any]  # what prepare_data.py found out about one photograph
 Entry = dict[str, Any]  # of a list of doubts: `text`, and `pictures`, paths in the prepared folder
 
 
@@ -71,22 +71,18 @@ def count_splits(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
     splits = {}
     for split in SPLITS:
-        images = 0
-        without_grade = 0
+        rows = [record for record in records if record.split == split]
         by_grade = [0] * GRADES
-        patients = set()
-        for record in records:
-            if record.split == split:
-                images += 1
-                patients.add(record.patient)
-                if record.grade is None:
-                    without_grade += 1
-                else:
-                    by_grade[record.grade] += 1
+        without_grade = 0
+        for record in rows:
+            if record.grade is None:
+                without_grade += 1
+            else:
+                by_grade[record.grade] += 1
 
         counts: dict[str, Any] = {
-            "images": images,
-            "patients": len(patients),
+            "images": len(rows),
+            "patients": len({record.patient for record in rows}),
             "by_grade": by_grade,
             "without_grade": without_grade,
         }
@@ -106,6 +102,7 @@ def list_doubts(
 
     The arguments are those of `build_report`. What notes count (`manifest.lists`) is taken over.
     """
+    # Facts and copies go by the photograph, lists name its picture.
     by_source = {record.source: record for record in manifest.records}
     lists = _doubtful_pictures(manifest, facts)
     lists |= _doubtful_copies(by_source, copies)

@@ -93,8 +93,9 @@ def _count_splits(records: Iterable[Record]) -> Counter[str]:
 
 
 def _group_patients(records: Sequence[Record], linked: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the group of each patient, named after its first: those whom pairs of paths link."""
-    # A forest: each patient points at an earlier one of the group, the group's first at itself.
+    """Return the group of each patient: those whom pairs of paths link, named after the first."""
+    # A forest: each patient points at one of its group that is earlier in the alphabet, the first
+    # at itself.
     parent: dict[str, str] = {}
     patient_of: dict[str, str] = {}
     for record in records:

@@ -52,6 +52,7 @@ def thumbnail(path: Path) -> str:
             small.thumbnail((THUMBNAIL, THUMBNAIL))
     except OSError:
         return "<em>(no picture)</em>"
+    # As data within the page: one file can be sent, and opened without the folder.
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
