@@ -40,18 +40,11 @@ from weights import load_weights, read_weights, save_backbone
 DEMO = utils.HERE / "configs" / "demo.yaml"
 HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
 # These may differ when a run is resumed, and --epochs may grow.
-RESUMABLE = [
-    "workers",
-    "device",
-    "checkpointing",
-    "compile",
-    "log_every",
-    "save_minutes",
-    "keep_every",
-    "knn_every",
-]
+RESUMABLE = ["workers", "device", "checkpointing", "compile"]
+RESUMABLE += ["log_every", "save_minutes", "keep_every", "knn_every"]
 
 
+# Kinds of numbers that several options are.
 Epochs = Annotated[int, Bounds(0, 1_000_000)]
 Weight = Annotated[float, Bounds(0, 1000)]
 Temperature = Annotated[float, Bounds(1e-3, 100)]
@@ -146,6 +139,7 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # The architecture is looked up in any case, since a wrong name is best told at once.
         own_patch_size = vit.default_patch_size(self.arch)
         if self.patch_size == 0:
             self.patch_size = own_patch_size
@@ -182,7 +176,9 @@ def build_networks(
         weights = read_weights(options.init, options.checkpoint_key, arch=options.arch)
     spec = saved_spec
     if spec is None:
-        used_to = weights.spec if weights else vit.BackboneSpec(options.arch, options.patch_size, 0)
+        used_to = vit.BackboneSpec(options.arch, options.patch_size, options.global_crop_size)
+        if weights:
+            used_to = weights.spec
         spec = replace(
             used_to,
             arch=options.arch,
@@ -192,6 +188,7 @@ def build_networks(
             std=options.std or used_to.std,
         )
 
+    # Seeded after the weights were read: reading may draw numbers, too.
     torch.manual_seed(options.seed)
     backbone = vit.Backbone(spec, options.drop_path)
     if weights:
@@ -218,8 +215,11 @@ def build_optimizer(student: vit.Network, name: str) -> torch.optim.Optimizer:
     decayed, plain = [], []
     for parameter in student.parameters():
         if parameter.requires_grad:
-            group = decayed if parameter.ndim > 1 else plain
-            group.append(parameter)
+            if parameter.ndim > 1:
+                decayed.append(parameter)
+            else:
+                plain.append(parameter)
+    # Checkpoints know parameters by their place, so that the order of the groups has to stay.
     groups = [{"params": decayed}, {"params": plain}]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
@@ -632,12 +632,14 @@ def main(options: Options, config: Path | None) -> None:
             len(records), options.batch_size, options.accumulate, processes, options.seed
         )
 
-        # A new folder, or the run that it holds.
+        # A new folder, or the run that it holds: nothing is written before all of it fits.
         if options.overwrite:
             folder.clear(processes)
         checkpoint = folder.find_checkpoint(options, manifest.fingerprint, RESUMABLE, processes)
         folder.begin(options, manifest.fingerprint, checkpoint, processes)
-        saved_spec = vit.BackboneSpec(**checkpoint["spec"]) if checkpoint else None
+        saved_spec = None
+        if checkpoint:
+            saved_spec = vit.BackboneSpec(**checkpoint["spec"])
 
         with devices.memory_advice(options):
             state, run = build_run(options, processes, folder, sampler, saved_spec)

@@ -195,6 +195,7 @@ def draw_window(
     """
     height, width = shape
     for _ in range(10):
+        # The window may be larger than the photograph where its aspect is another one.
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w = round(math.sqrt(area * aspect))
@@ -245,6 +246,7 @@ def cut(image: Tensor, window: Window, size: int, angle: float = 0.0) -> Tensor:
 
 def _rotate_and_crop(image: Tensor, angle: float, size: int) -> Tensor:
     """Turn uint8 (3, h, w) about its middle, bilinear, and keep the middle (3, size, size)."""
+    # Where each pixel of the crop lies in the image, from the middle of both.
     radians = math.radians(angle)
     height, width = image.shape[-2:]
     steps = (torch.arange(size) + 0.5) - size / 2  # pixels from the middle
@@ -263,6 +265,7 @@ def draw_color(mean: np.ndarray, strength: float, rng: np.random.Generator) -> n
     Jitter (0.4, 0.4, 0.2, 0.1) with probability 0.8 in random order, then grey with 0.2. Each is an
     affine map of RGB (hue turns the chroma plane of YIQ), and so is their product: one matrix.
     """
+    # A colour x becomes matrix x + offset; each change is multiplied from the left.
     matrix = COLOR
     offset = np.zeros(3, dtype=np.float32)
     if rng.random() < 0.8:
@@ -423,6 +426,7 @@ def _color_part(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tens
     rows = color.to(crops.device, non_blocking=True)
     matrix = rows[:, :9].view(-1, 3, 3)
     offset = rows[:, 9:12].view(-1, 3, 1)
+    # All of a crop's colours change by one product, from 0-255 to 0-1.
     images = torch.baddbmm(offset, matrix / 255, crops.float().flatten(2))
     images = images.clamp_(0, 1).view(crops.shape)
 
@@ -445,6 +449,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
     `sigma` (B,) is on the CPU. A kernel reaches 3 sigma, rounded up.
     """
+    # A kernel as long as the widest serves all; what lies beyond its own reach is 0.
     steps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     reach = torch.ceil(3 * sigma).view(-1, 1)
     kernel = torch.exp(-(steps**2) / (2 * sigma.view(-1, 1) ** 2)) * (steps.abs() <= reach)
@@ -456,6 +461,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 def _convolve(images: Tensor, kernel: Tensor) -> Tensor:
     """Convolve rows and columns of each image with its symmetric kernel (B, 13)."""
+    # Every channel of every image is a group of its own, so that each gets its own kernel.
     batch, _, height, width = images.shape
     per_channel = kernel.repeat_interleave(3, dim=0)[:, None]  # (3 B, 1, 13)
     pad = (BLUR_RADIUS, BLUR_RADIUS)
@@ -467,6 +473,7 @@ def _convolve(images: Tensor, kernel: Tensor) -> Tensor:
 
 def _add_shifted(images: Tensor, kernel: Tensor, reach: int) -> Tensor:
     """Do as `_convolve`, by adding shifted images: a CPU is faster at it than at convolutions."""
+    # A kernel is symmetric: one weight for the middle, one for each pair at the same distance.
     weights = kernel[:, BLUR_RADIUS:].T.reshape(-1, len(images), 1, 1, 1)
     for dim, pad in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
         padded = F.pad(images, pad, mode="replicate")

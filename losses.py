@@ -26,6 +26,7 @@ def distillation_loss(student_logits: Tensor, teacher_probs: Tensor, student_tem
 
     A teacher view meets the sum of all log-softmaxes but its own, so each is taken once.
     """
+    # The sum over all pairs, less those of a view with itself.
     views, batch, _ = student_logits.shape
     teachers = len(teacher_probs)
     log_probs = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
@@ -98,6 +99,7 @@ def sinkhorn_probs(
 
 def _log_sum_over_samples(log_q: Tensor) -> Tensor:
     """Return log sum_samples exp(log_q) as (1, K), over all processes."""
+    # The largest is taken out, over all processes alike, so that exp cannot overflow.
     top = log_q.amax(dim=0, keepdim=True)
     if _world() > 1:
         dist.all_reduce(top, op=dist.ReduceOp.MAX)
@@ -118,6 +120,7 @@ def koleo_loss(embeddings: Tensor, eps: float = 1e-8) -> Tensor:
     in every direction there is, and so keeps the [CLS] from shrinking onto a few (DINOv2, arXiv
     2304.07193, section 4).
     """
+    # The nearest on the sphere has the largest cosine; -2 keeps each from being its own neighbour.
     unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
     with torch.no_grad():
         nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(dim=1)

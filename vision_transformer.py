@@ -230,6 +230,7 @@ class Backbone(nn.Module):
         """Return the embedding (B, D) of normalised images (B, 3, h, w)."""
         if not self.is_plain:
             return self._embedding(self._normed_tokens(images))
+        # Of the last block [CLS] alone is read, so nothing else of it is computed.
         x = self._embed_patches(images)
         for block in self.vit.blocks[:-1]:
             x = self._run(block, x)
@@ -397,6 +398,7 @@ def is_plain(vit: nn.Module) -> bool:
     allowed = needed | {"ls1", "ls2"}
     if type(vit) is not VisionTransformer:
         return False
+    # A subclass may compute otherwise from the same parameters, hence no isinstance.
     for block in vit.blocks:
         owners = {name.rpartition(".")[0] for name, _ in block.named_parameters()}
         has_bias = getattr(getattr(block.attn, "qkv", None), "bias", None) is not None
