@@ -2,10 +2,15 @@
 
     python -m benchmarks.bench_parts --photographs FOLDER
 
-Milliseconds of reading an original of EyePACS' size and a prepared picture, finding the fundus,
-cutting and colouring crops; torch's fused attention beside two products, forward and backward, fp32
-and, where the CPU has it, bf16; fp32 products by torch's default and by what
-devices.speed_up_matmul chooses. Medians; writes benchmarks/results/parts.json.
+The script measures three things, each as a median:
+
+- milliseconds of reading an original of EyePACS' size and a prepared picture, of finding the
+  fundus, of cutting and of colouring crops;
+- milliseconds of attention, forward and backward, by torch's fused kernel and by two products, in
+  fp32 and, where the CPU has it, in bf16;
+- the rate of fp32 products by torch's default and by what devices.use_fast_matmul chooses.
+
+It writes benchmarks/results/parts.json.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,77 +31,113 @@ import devices
 from augment import color_views
 from benchmarks import measure
 from benchmarks.bench_data import dataset_of
+from benchmarks.measure import Call
 from fundus import photographs
 from prepare_data import Task, prepare_photograph
 from utils import keep_freed_memory
 
 CPU = torch.device("cpu")
+SIZE = 512  # side of a prepared picture in pixels
 ATTENTIONS = ((37, 48), (197, 16), (785, 4))  # tokens, images
 
 
-def median_ms(call: Callable[[], object], rounds: int = 15) -> float:
-    """Return the median milliseconds of a call."""
+def median_ms(call: Call, rounds: int = 15) -> float:
+    """Return the median milliseconds of a call, after one that is not counted."""
     call()
     return round(1000 * statistics.median(measure.timed(call) for _ in range(rounds)), 2)
 
 
-def data_parts(found: list[Path], folder: Path) -> dict[str, float]:
-    """Time what brings a photograph in, over all of them."""
-    large, small = ([folder / f"{name}{i}.jpg" for i in range(len(found))] for name in "ab")
-    for i, path in enumerate(found):
-        measure.enlarge(path, large[i], seed=i)
-        prepare_photograph(Task(path.name, large[i], small[i], 512))
-    decoded = [photographs.open_photograph(p, min_side=512) for p in large]
-    dataset = dataset_of(small, prepared=True)
-    pictures = [torch.from_numpy(dataset.read(i)).permute(2, 0, 1) for i in range(len(small))]
-    batches = [default_collate([dataset[0, i]]) for i in range(len(small))]
+def mean_ms(part: Callable[[Any], object], inputs: Sequence[Any]) -> float:
+    """Return the milliseconds that `part` takes for one of its inputs, over all of them."""
 
-    def draft(path: Path) -> None:
+    def call() -> None:
+        for item in inputs:
+            part(item)
+
+    return round(median_ms(call, rounds=5) / len(inputs), 2)
+
+
+# --------------------------------------------------------------------------------------- the parts
+def data_parts(sources: list[Path], folder: Path) -> dict[str, float]:
+    """Return the milliseconds of what brings a photograph in."""
+    originals = []
+    prepared = []
+    for i, source in enumerate(sources):
+        original = folder / f"original{i}.jpg"
+        picture = folder / f"prepared{i}.jpg"
+        measure.enlarge(source, original, seed=i)
+        prepare_photograph(Task(source.name, original, picture, SIZE))
+        originals.append(original)
+        prepared.append(picture)
+
+    # Each part starts from what the part before it has made.
+    dataset = dataset_of(prepared, prepared=True)
+    decoded = []
+    pictures = []
+    batches = []
+    for i, original in enumerate(originals):
+        decoded.append(photographs.open_photograph(original, min_side=SIZE))
+        pictures.append(torch.from_numpy(dataset.read(i)).permute(2, 0, 1))
+        batches.append(default_collate([dataset[0, i]]))
+
+    def decode(path: Path) -> None:
         with Image.open(path) as image:
-            image.draft(None, (512, 512))
+            image.draft(None, (SIZE, SIZE))
             image.load()
 
-    parts: dict[str, tuple[Callable[[Any], object], list[Any]]] = {
-        "original, JPEG alone, at a quarter": (draft, large),
-        "original, as an array": (lambda p: photographs.open_photograph(p, min_side=512), large),
-        "original, fundus found": (photographs.find_fundus, decoded),
-        "prepared, as an array": (photographs.open_photograph, small),
-        "prepared, 8 crops cut": (lambda p: dataset.view(p, (0,)), pictures),
-        "colour and blur of 8 crops": (
-            lambda b: color_views(b, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
-            batches,
-        ),
+    def read(path: Path) -> None:
+        photographs.open_photograph(path, min_side=SIZE)
+
+    def cut(picture: torch.Tensor) -> None:
+        dataset.view(picture, (0,))
+
+    def color(batch: dict[str, torch.Tensor]) -> None:
+        color_views(batch, CPU, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+    return {
+        "original, JPEG alone, at a quarter": mean_ms(decode, originals),
+        "original, as an array": mean_ms(read, originals),
+        "original, fundus found": mean_ms(photographs.find_fundus, decoded),
+        "prepared, as an array": mean_ms(photographs.open_photograph, prepared),
+        "prepared, 8 crops cut": mean_ms(cut, pictures),
+        "colour and blur of 8 crops": mean_ms(color, batches),
     }
-    told = {}
-    for name, (part, inputs) in parts.items():
-        whole = median_ms(lambda part=part, inputs=inputs: [part(x) for x in inputs], 5)
-        told[name] = round(whole / len(inputs), 2)
-    return told
 
 
 def attention_parts(dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Time attention of ViT-S, forward and backward, by the fused kernel and by two products."""
-    told = {}
+    """Return what attention of ViT-S takes, forward and backward, for each number of tokens."""
+    results = {}
     for tokens, images in ATTENTIONS:
-        shape = (images, 6, tokens, 64)
-        q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
-        slope = torch.randn(shape, dtype=dtype)
+        results[f"{tokens} tokens, {images} images"] = time_attention(tokens, images, dtype)
+    return results
 
-        def products(q=q, k=k, v=v, slope=slope) -> None:
-            ((q * 64**-0.5 @ k.transpose(2, 3)).softmax(-1) @ v).backward(slope)
 
-        def fused(q=q, k=k, v=v, slope=slope) -> None:
-            F.scaled_dot_product_attention(q, k, v).backward(slope)
+def time_attention(tokens: int, images: int, dtype: torch.dtype) -> dict[str, float]:
+    """Return the milliseconds by the fused kernel and by two products, and their ratio."""
+    shape = (images, 6, tokens, 64)  # (B, H, N, D / H)
+    q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+    slope = torch.randn(shape, dtype=dtype)
 
-        both = {"fused_ms": median_ms(fused, 7), "products_ms": median_ms(products, 7)}
-        ratio = round(both["fused_ms"] / both["products_ms"], 1)
-        told[f"{tokens} tokens, {images} images"] = both | {"fused_takes_times": ratio}
-    return told
+    def fused() -> None:
+        F.scaled_dot_product_attention(q, k, v).backward(slope)
+
+    def products() -> None:
+        weights = (q * 64**-0.5 @ k.transpose(2, 3)).softmax(-1)
+        (weights @ v).backward(slope)
+
+    fused_ms = median_ms(fused, rounds=7)
+    products_ms = median_ms(products, rounds=7)
+    return {
+        "fused_ms": fused_ms,
+        "products_ms": products_ms,
+        "fused_takes_times": round(fused_ms / products_ms, 1),
+    }
 
 
 def gflops() -> float:
     """Return the rate of an fp32 product of ViT-S' size, in GFLOP/s."""
-    a, b = torch.randn(3152, 384), torch.randn(1536, 384)
+    a = torch.randn(3152, 384)
+    b = torch.randn(1536, 384)
     return round(2 * 3152 * 384 * 1536 / 1e6 / median_ms(lambda: F.linear(a, b)))
 
 
@@ -104,14 +145,17 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
-    a = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    results: dict[str, Any] = {"fp32 products, GFLOP/s": {"torch's default": gflops()}}
-    devices.speed_up_matmul()
-    results["fp32 products, GFLOP/s"]["ours"] = gflops()
+
+    rates = {"torch's default": gflops()}
+    devices.use_fast_matmul(CPU)
+    rates["ours"] = gflops()
+    results: dict[str, Any] = {"fp32 products, GFLOP/s": rates}
     with tempfile.TemporaryDirectory() as folder:
-        results["data, ms"] = data_parts(measure.photographs_in(a.photographs), Path(folder))
+        sources = measure.photographs_in(options.photographs)
+        results["data, ms"] = data_parts(sources, Path(folder))
     results["attention, fp32"] = attention_parts(torch.float32)
     if devices.autocast_dtype("auto", CPU) is torch.bfloat16:
         results["attention, bf16"] = attention_parts(torch.bfloat16)

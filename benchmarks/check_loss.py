@@ -2,114 +2,180 @@
 
     python -m benchmarks.check_loss --data DATA
 
-On a prepared folder of real photographs, both sides from the same weights, on the same crops, with
-the same schedules and the same samples dropped. First ViT-Ti/16 with 65,536 prototypes, 50 steps of
-8 photographs in fp32: the largest difference of their losses. Then ours in bf16 against the
-baseline in fp32, a small ViT over three seeds: the difference of their losses, from the step on at
-which the baseline's has fallen by a nat, against its standard error. Fails where losses differ by
-more than 0.001, or by two standard errors. Writes benchmarks/results/loss.json and docs/loss.png.
+DATA is a prepared folder of real photographs. Both sides start from the same weights and take the
+same crops, the same schedules and the same samples dropped.
+
+First, ViT-Ti/16 with 65,536 prototypes takes 50 steps of 8 photographs in fp32: the result is the
+largest difference of the two losses. Then a small ViT trains over three seeds, ours in bf16 and the
+baseline in fp32: the result is the difference of their losses, from the step on at which the
+baseline's has fallen by a nat, against its standard error.
+
+The script writes benchmarks/results/loss.json and docs/loss.png, and fails where losses differ by
+more than 0.001, or by two standard errors.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
 import devices
-import run_folder
 import SSRL
 from augment import MultiCrop, color_views
-from benchmarks import measure
-from benchmarks.bench_step import plain_training
+from benchmarks import baseline, measure
+from benchmarks.bench_step import our_training, plain_training, split_views
 from fundus.manifest import Manifest, read_manifest
+from vision_transformer import IMAGENET_MEAN, IMAGENET_STD
 
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
 
+# {"baseline": a loss for each step, "ours": the same}
+Losses = dict[str, list[float]]
 
-def both_losses(manifest: Manifest, o: SSRL.Options, steps: int) -> dict[str, list[float]]:
+
+# -------------------------------------------------------------------------------------- both sides
+def train_both(manifest: Manifest, options: SSRL.Options, steps: int) -> Losses:
     """Train both sides side by side; return the loss of every step."""
     records = manifest.split("train")
-    crops = MultiCrop(**{name: getattr(o, name) for name in MultiCrop.__dataclass_fields__})
-    dataset = data.PhotographDataset(manifest, records, crops, o.seed)
-    sampler = data.StepSampler(len(records), o.batch_size, seed=o.seed)
-    # an epoch's schedules hardly move; single losses, not those averaged for the log
-    o = replace(o, epochs=max(10, -(-steps // sampler.steps_per_epoch)), log_every=steps + 1)
-    state, run = SSRL.build_run(o, devices.Processes(CPU), run_folder.RunFolder(Path()), sampler)
-    plain = plain_training(replace(o, precision="fp32"))
+    dataset = data.PhotographDataset(manifest, records, MultiCrop(options), options.seed)
+    sampler = data.StepSampler(len(records), options.batch_size, seed=options.seed)
+    # At least 10 epochs, so that the schedules hardly move over the first few steps.
+    epochs = max(10, math.ceil(steps / sampler.steps_per_epoch))
+    options = replace(options, epochs=epochs)
+    state, run = our_training(options, sampler)
+    plain = plain_training(replace(options, precision="fp32"))
     plain.student.load_state_dict(state.student.state_dict())
     plain.teacher.load_state_dict(state.teacher.state_dict())
+
     sampler.set_range(0, steps)
-    losses: dict[str, list[float]] = {"baseline": [], "ours": []}
-    switch = torch.backends.mkldnn.matmul
-    for batch in tqdm(
-        data.training_loader(dataset, sampler, o.workers, CPU), total=steps, disable=None
-    ):
-        views = color_views(batch, CPU, o.mean, o.std)
-        now = run.schedule(state.step)
-        plain.lr, plain.weight_decay, plain.momentum = (
-            now[name] for name in ("lr", "weight_decay", "momentum")
-        )
-        devices.speed_up_matmul()
-        losses["ours"].append(float(SSRL.train_step(state, iter([views]), run)["loss"]))
-        switch.fp32_precision = "none"  # torch's default
-        torch.manual_seed((o.seed * 1_000_003 + state.step - 1) * 1024)  # as train_step seeds
-        losses["baseline"].append(plain.step([v for s in views for v in s.split(o.batch_size)]))
+    losses: Losses = {"baseline": [], "ours": []}
+    loader = data.training_loader(dataset, sampler, options.workers, CPU)
+    for batch in tqdm(loader, total=steps, disable=None):
+        crops = color_views(batch, CPU, IMAGENET_MEAN, IMAGENET_STD)
+
+        # Each side with its own matrix products: ours by oneDNN, the baseline's by torch's default.
+        devices.use_fast_matmul(CPU)
+        follow_schedules(plain, run, state.step)
+        seed = seed_of_step(options, state.step)
+        result = SSRL.train_step(state, iter([crops]), run)
+        losses["ours"].append(float(result.terms["loss"]))
+
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.manual_seed(seed)
+        losses["baseline"].append(plain.step(split_views(crops, options.batch_size)))
     return losses
 
 
-def in_fp32(manifest: Manifest, o: SSRL.Options, steps: int) -> tuple[dict[str, Any], Any]:
+def follow_schedules(plain: baseline.Training, run: SSRL.Run, step: int) -> None:
+    """Give the baseline what our schedules say for a step."""
+    schedules = run.schedules(step)
+    plain.lr = schedules.lr
+    plain.weight_decay = schedules.weight_decay
+    plain.momentum = schedules.momentum
+
+
+def seed_of_step(options: SSRL.Options, step: int) -> int:
+    """Return the seed that SSRL.train_step sets for stochastic depth, in a single process."""
+    return (options.seed * 1_000_003 + step) * 1024
+
+
+# ------------------------------------------------------------------------------------- comparisons
+def compare_in_fp32(
+    manifest: Manifest, options: SSRL.Options, steps: int
+) -> tuple[dict[str, Any], Losses]:
     """Return the largest difference of the losses, and the losses."""
-    o = replace(o, arch="vit_tiny", patch_size=16, batch_size=8, precision="fp32", lr=0.005)
-    found = both_losses(manifest, o, steps)
-    apart = [abs(a - b) for a, b in zip(found["baseline"], found["ours"], strict=True)]
-    told = {"steps": steps, "largest_difference": max(apart), "first_loss": found["ours"][0]}
-    return told | {"last_loss": found["ours"][-1]}, found
-
-
-def in_bf16(manifest: Manifest, o: SSRL.Options, steps: int) -> tuple[dict[str, Any], Any]:
-    """Return the difference of the mean losses with its standard error, and the losses."""
-    o = replace(o, arch="vit_nano", patch_size=8, batch_size=16, precision="bf16")
-    o = replace(o, global_crop_size=64, local_crop_size=32, out_dim=1024, head_hidden_dim=512)
-    # what lets a loss fall in few steps: a teacher that follows, views that differ little
-    o = replace(o, momentum_teacher=0.9, color_strength=0.0, local_crops_scale=(0.4, 1.0))
-    o = replace(o, blur_sigma=(0.1, 0.2), lr=0.016)
-    found = [both_losses(manifest, replace(o, seed=seed), steps) for seed in SEEDS]
-    begins = [
-        next(i for i, v in enumerate(f["baseline"]) if v < f["baseline"][0] - 1) for f in found
-    ]
-    ends = {
-        side: [statistics.mean(f[side][begin:]) for f, begin in zip(found, begins, strict=True)]
-        for side in ("baseline", "ours")
+    options = replace(
+        options, arch="vit_tiny", patch_size=16, batch_size=8, precision="fp32", lr=0.005
+    )
+    losses = train_both(manifest, options, steps)
+    differences = []
+    for baseline_loss, our_loss in zip(losses["baseline"], losses["ours"], strict=True):
+        differences.append(abs(baseline_loss - our_loss))
+    result = {
+        "steps": steps,
+        "largest_difference": max(differences),
+        "first_loss": losses["ours"][0],
+        "last_loss": losses["ours"][-1],
     }
-    difference = statistics.mean(ends["ours"]) - statistics.mean(ends["baseline"])
-    error = sum(statistics.variance(values) / len(SEEDS) for values in ends.values()) ** 0.5
-    pairs = [a - b for a, b in zip(ends["ours"], ends["baseline"], strict=True)]
-    paired = statistics.stdev(pairs) / len(SEEDS) ** 0.5  # of equal seeds' differences
-    told = {"steps": steps, "seeds": len(SEEDS), "fallen_by_a_nat_at_step": begins}
-    told |= {"mean_losses_since": ends, "difference": difference, "standard_error": error}
-    return told | {"standard_error_of_pairs": paired}, found[0]
+    return result, losses
 
 
-def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw both sides' losses of each comparison."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def compare_in_bf16(
+    manifest: Manifest, options: SSRL.Options, steps: int
+) -> tuple[dict[str, Any], Losses]:
+    """Return the difference of the mean losses with its standard error, and one seed's losses."""
+    options = replace(
+        options,
+        arch="vit_nano",
+        patch_size=8,
+        batch_size=16,
+        precision="bf16",
+        global_crop_size=64,
+        local_crop_size=32,
+        out_dim=1024,
+        head_hidden_dim=512,
+        # A loss falls in few steps where the teacher follows and views differ little.
+        momentum_teacher=0.9,
+        color_strength=0.0,
+        local_crops_scale=(0.4, 1.0),
+        blur_sigma=(0.1, 0.2),
+        lr=0.016,
+    )
+    runs = []
+    fallen_at = []
+    mean_losses: Losses = {"baseline": [], "ours": []}
+    for seed in SEEDS:
+        losses = train_both(manifest, replace(options, seed=seed), steps)
+        first_step = first_fallen(losses["baseline"])
+        for side, values in mean_losses.items():
+            values.append(statistics.mean(losses[side][first_step:]))
+        runs.append(losses)
+        fallen_at.append(first_step)
 
-    figure, axes = plt.subplots(1, len(curves), figsize=(9, 3.2), layout="constrained")
-    for axis, (title, sides) in zip(axes, curves.items(), strict=True):
-        for name, style in (("baseline", "-"), ("ours", "--")):
-            axis.plot(sides[name], style, label=name, linewidth=1.2)
-        axis.set(title=title, xlabel="step", ylabel="loss (nats)")
-        axis.legend()
+    # The spread over seeds of each side, and that of the differences of equal seeds.
+    ours = mean_losses["ours"]
+    plain = mean_losses["baseline"]
+    variance = statistics.variance(plain) / len(SEEDS) + statistics.variance(ours) / len(SEEDS)
+    pairs = [a - b for a, b in zip(ours, plain, strict=True)]
+    result = {
+        "steps": steps,
+        "seeds": len(SEEDS),
+        "fallen_by_a_nat_at_step": fallen_at,
+        "mean_losses_since": mean_losses,
+        "difference": statistics.mean(ours) - statistics.mean(plain),
+        "standard_error": variance**0.5,
+        "standard_error_of_pairs": statistics.stdev(pairs) / len(SEEDS) ** 0.5,
+    }
+    return result, runs[0]
+
+
+def first_fallen(losses: list[float]) -> int:
+    """Return the first step at which a loss has fallen by a nat; raises ValueError if none."""
+    for step, loss in enumerate(losses):
+        if loss < losses[0] - 1:
+            return step
+    raise ValueError("the baseline's loss never fell by a nat: compare over more --long steps")
+
+
+def draw(comparisons: dict[str, Losses], path: Path) -> None:
+    """Draw both sides' losses of each comparison, given by its title."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(comparisons))
+    for axes, (title, losses) in zip(panels, comparisons.items(), strict=True):
+        axes.plot(losses["baseline"], "-", label="baseline", linewidth=1.2)
+        axes.plot(losses["ours"], "--", label="ours", linewidth=1.2)
+        axes.set(title=title, xlabel="step", ylabel="loss (nats)")
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 
@@ -117,19 +183,26 @@ def main() -> None:
     """Compare, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="prepared folder")
-    parser.add_argument("--steps", type=int, default=50, help="of the comparison in fp32")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the comparison in fp32")
     parser.add_argument("--long", type=int, default=80, help="steps of that in bf16")
-    a = parser.parse_args()
-    manifest = read_manifest(a.data)
-    o = SSRL.Options(init="none", device="cpu", warmup_epochs=0, freeze_last_layer=0, workers=1)
-    exact, one = in_fp32(manifest, o, a.steps)
-    rough, other = in_bf16(manifest, o, a.long)
-    measure.write_result("loss", {"fp32": exact, "bf16": rough})
-    titles = "fp32, ViT-Ti/16, 65,536 prototypes", "ours in bf16, baseline in fp32"
-    draw(dict(zip(titles, (one, other), strict=True)), measure.ROOT / "docs" / "loss.png")
-    same = exact["largest_difference"] < 1e-3
-    alike = abs(rough["difference"]) < 2 * rough["standard_error"]
-    if not (same and alike):
+    arguments = parser.parse_args()
+
+    manifest = read_manifest(arguments.data)
+    options = SSRL.Options(
+        init="none", device="cpu", warmup_epochs=0, freeze_last_layer=0, workers=1
+    )
+    fp32, fp32_losses = compare_in_fp32(manifest, options, arguments.steps)
+    bf16, bf16_losses = compare_in_bf16(manifest, options, arguments.long)
+    measure.write_result("loss", {"fp32": fp32, "bf16": bf16})
+    comparisons = {
+        "fp32, ViT-Ti/16, 65,536 prototypes": fp32_losses,
+        "ours in bf16, baseline in fp32": bf16_losses,
+    }
+    draw(comparisons, measure.ROOT / "docs" / "loss.png")
+
+    is_same = fp32["largest_difference"] < 1e-3
+    is_alike = abs(bf16["difference"]) < 2 * bf16["standard_error"]
+    if not (is_same and is_alike):
         raise SystemExit("the losses are not those of the published recipe")
 
 

@@ -5,60 +5,110 @@ Run with `python -m pytest tests/test_benchmarks.py`.
 
 import functools
 import time
-from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import devices
-import run_folder
 import SSRL
 import vision_transformer
-from benchmarks import baseline, bench_eval, bench_step, measure
+from augment import CropBatch, PatchMasks
+from benchmarks import (
+    baseline,
+    bench_data,
+    bench_eval,
+    bench_step,
+    check_loss,
+    measure,
+    study_scratch,
+)
 from data import StepSampler
 from features import knn_predict
 from fundus.synthetic import DrawnEye, draw_photograph
 
-SMALL = {"arch": "vit_pico", "patch_size": 8, "global_crop_size": 48, "local_crop_size": 24}
-SMALL |= {"out_dim": 96, "head_hidden_dim": 64, "batch_size": 4, "local_crops_number": 3}
-FIXED = {"init": "none", "device": "cpu", "precision": "fp32", "warmup_epochs": 0}
-FIXED |= {"freeze_last_layer": 0, "lr": 0.064, "clip_grad": 0.3, "log_every": 1000}
+# A network and a step that take milliseconds.
+SMALL = {
+    "arch": "vit_pico",
+    "patch_size": 8,
+    "global_crop_size": 48,
+    "local_crop_size": 24,
+    "out_dim": 96,
+    "head_hidden_dim": 64,
+    "batch_size": 4,
+    "local_crops_number": 3,
+}
+FIXED = {
+    "init": "none",
+    "device": "cpu",
+    "precision": "fp32",
+    "warmup_epochs": 0,
+    "freeze_last_layer": 0,
+    "lr": 0.064,
+    "clip_grad": 0.3,
+    "log_every": 1000,
+}
 
 
-def both(**changed):
-    """Ours and the baseline from the same weights, and crops."""
-    o = SSRL.Options(**(FIXED | SMALL | changed))
-    sampler = StepSampler(100 * o.batch_size, o.batch_size)
-    one = devices.Processes(torch.device("cpu"))
-    state, run = SSRL.build_run(o, one, run_folder.RunFolder(Path()), sampler)
-    plain = bench_step.plain_training(o)
+# --------------------------------------------------------------------------- the same on both sides
+def both_sides(**changed):
+    """Return our training, the baseline's from the same weights, and a batch of crops."""
+    options = SSRL.Options(**{**FIXED, **SMALL, **changed})
+    batch_size = options.batch_size
+    state, run = bench_step.our_training(options, StepSampler(100 * batch_size, batch_size))
+    plain = bench_step.plain_training(options)
     plain.student.load_state_dict(state.student.state_dict())
     plain.teacher.load_state_dict(state.teacher.state_dict())
-    generator, batch = torch.Generator().manual_seed(1), o.batch_size
-    shapes = ((2, o.global_crop_size), (o.local_crops_number, o.local_crop_size))
-    crops = [torch.randn(n * batch, 3, s, s, generator=generator) for n, s in shapes if n]
-    return state, run, plain, crops
+    return state, run, plain, random_crops(options)
 
 
-def same_step(state, run, plain, crops):
-    """Take a step on both sides; return the losses and both sides' gradients before clipping."""
-    grads = {"ours": {}, "baseline": {}}
-    for side, network in (("ours", state.student), ("baseline", plain.student)):
-        for name, p in network.named_parameters():
-            if p.requires_grad:
-                store = functools.partial(grads[side].__setitem__, name)
-                p.register_post_accumulate_grad_hook(lambda p, store=store: store(p.grad.clone()))
-    now = run.schedule(state.step)
-    plain.lr, plain.weight_decay = now["lr"], now["weight_decay"]
-    plain.momentum, plain.clip = now["momentum"], run.options.clip_grad
-    seed = (run.options.seed * 1_000_003 + state.step) * 1024
-    ours = SSRL.train_step(state, iter([crops]), run)["loss"].item()
-    torch.manual_seed(seed)  # as train_step does, for stochastic depth
-    theirs = plain.step([view for size in crops for view in size.split(run.options.batch_size)])
-    return ours, theirs, grads
+def random_crops(options):
+    """Return a batch of random numbers in the place of crops."""
+    generator = torch.Generator().manual_seed(1)
+    crops = []
+    for views, side in (
+        (2, options.global_crop_size),
+        (options.local_crops_number, options.local_crop_size),
+    ):
+        if views:
+            shape = (views * options.batch_size, 3, side, side)
+            crops.append(torch.randn(shape, generator=generator))
+    return CropBatch(crops, PatchMasks())
+
+
+def weights_of(network):
+    """Return a network's parameters by the names that both sides share."""
+    weights = {}
+    for name, parameter in network.named_parameters():
+        # Our backbone holds timm's network, and its files leave that level out.
+        weights[name.replace("backbone.vit.", "backbone.")] = parameter
+    return weights
+
+
+def note_gradients(network):
+    """Return a dict that gets each parameter's gradient, as the backward pass leaves it."""
+    gradients = {}
+    for name, parameter in weights_of(network).items():
+        if parameter.requires_grad:
+
+            def note(parameter, name=name):
+                gradients[name] = parameter.grad.clone()
+
+            parameter.register_post_accumulate_grad_hook(note)
+    return gradients
+
+
+def take_same_step(state, run, plain, crops):
+    """Take a step on both sides and return both losses."""
+    check_loss.follow_schedules(plain, run, state.step)
+    plain.clip = run.options.clip_grad
+    seed = check_loss.seed_of_step(run.options, state.step)
+    ours = SSRL.train_step(state, iter([crops]), run).terms["loss"].item()
+    torch.manual_seed(seed)
+    theirs = plain.step(bench_step.split_views(crops, run.options.batch_size))
+    return ours, theirs
 
 
 @pytest.mark.parametrize(
@@ -68,29 +118,38 @@ def same_step(state, run, plain, crops):
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_loss_and_gradients_are_the_baselines(monkeypatch, changed, in_memory):
     if not in_memory:
-        monkeypatch.setattr(vision_transformer, "MOST_WEIGHTS", 0)
-    state, run, plain, crops = both(**changed)
-    ours, theirs, grads = same_step(state, run, plain, crops)
+        monkeypatch.setattr(vision_transformer, "MAX_ATTENTION_WEIGHTS", 0)
+    state, run, plain, crops = both_sides(**changed)
+    our_gradients = note_gradients(state.student)
+    their_gradients = note_gradients(plain.student)
+    ours, theirs = take_same_step(state, run, plain, crops)
     assert ours == pytest.approx(theirs, rel=1e-6)
-    assert grads["ours"].keys() == grads["baseline"].keys()
-    for name, grad in grads["baseline"].items():
-        error = (grads["ours"][name] - grad).abs().max()
-        assert error <= 1e-5 * max(1e-3, float(grad.abs().max())), name
+    assert their_gradients
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in their_gradients.items():
+        error = (our_gradients[name] - gradient).abs().max()
+        assert error <= 1e-5 * max(1e-3, float(gradient.abs().max())), name
 
 
 def test_ten_steps_end_at_the_baselines_weights():
     """Clipping, AdamW, moving average and centre included; stochastic depth drops the same."""
-    state, run, plain, crops = both(drop_path=0.3)
-    start = {n: p.detach().clone() for n, p in state.student.named_parameters()}
+    state, run, plain, crops = both_sides(drop_path=0.3)
+    start = {name: weight.detach().clone() for name, weight in weights_of(state.student).items()}
     for _ in range(10):
-        ours, theirs, _ = same_step(state, run, plain, crops)
+        ours, theirs = take_same_step(state, run, plain, crops)
         assert ours == pytest.approx(theirs, abs=1e-4)
     torch.testing.assert_close(state.center, plain.loss.center[0], rtol=1e-3, atol=1e-5)
-    for mine, other in ((state.student, plain.student), (state.teacher, plain.teacher)):
-        theirs = dict(other.named_parameters())
-        for name, p in mine.named_parameters():
-            assert (p - theirs[name]).abs().max() < 2e-4, name
-    moved = [(p - start[n]).abs().max() for n, p in state.student.named_parameters()]
+
+    for our_network, their_network in (
+        (state.student, plain.student),
+        (state.teacher, plain.teacher),
+    ):
+        their_weights = weights_of(their_network)
+        for name, weight in weights_of(our_network).items():
+            assert (weight - their_weights[name]).abs().max() < 2e-4, name
+    moved = [
+        (weight - start[name]).abs().max() for name, weight in weights_of(state.student).items()
+    ]
     assert max(moved) > 5e-3
 
 
@@ -107,43 +166,63 @@ def test_the_baselines_network_is_timms(size):
 @pytest.mark.parametrize("arch, patch", [("vit_pico", 8), ("vit_tiny", 16)])
 def test_operations_are_those_that_torch_counts(arch, patch):
     """Its counter knows that nothing asks for the gradient of crops, which we do count."""
-    sides = {"global_crop_size": 2 * patch * 3, "local_crop_size": 2 * patch}
-    state, run, _, crops = both(arch=arch, patch_size=patch, **sides)
-    o = run.options
+    state, run, _, crops = both_sides(
+        arch=arch, patch_size=patch, global_crop_size=6 * patch, local_crop_size=2 * patch
+    )
     with FlopCounterMode(display=False) as counter:
         SSRL.train_step(state, iter([crops]), run)
-    counted = counter.get_total_flops() / o.batch_size
-    assert bench_step.flops_of(o) == pytest.approx(counted, rel=0.05)
+    counted = counter.get_total_flops() / run.options.batch_size
+    assert bench_step.flops_of(run.options) == pytest.approx(counted, rel=0.05)
 
 
 def test_knn_of_the_baseline_agrees():
-    (bank, grades), (asked, _) = bench_eval.cloud(500, 16, 1), bench_eval.cloud(40, 16, 2)
-    found = knn_predict(bank, grades, asked, [10, 30])
+    bank, grades = bench_eval.cloud(500, 16, 1)
+    queries, _ = bench_eval.cloud(40, 16, 2)
+    ours = knn_predict(bank, grades, queries, [10, 30])
     for k in (10, 30):
-        plain = bench_eval.plain_knn(bank, grades, asked, k, 1000)
-        assert (plain[:, 5:] == 0).all()
-        plain = plain[:, :5] / plain.sum(1, keepdim=True)
-        torch.testing.assert_close(found[k], plain, atol=1e-6, rtol=1e-4)
+        votes = bench_eval.plain_knn(bank, grades, queries, k, 1000)
+        assert (votes[:, 5:] == 0).all()
+        shares = votes[:, :5] / votes.sum(1, keepdim=True)
+        torch.testing.assert_close(ours[k], shares, atol=1e-6, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------- measuring
+def test_crops_are_of_the_sizes_that_the_options_name(tmp_path):
+    Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(tmp_path / "photograph.jpg")
+    options = SSRL.Options(**{**FIXED, **SMALL})
+    batch = bench_step.batch_of_crops(tmp_path, options)
+    assert [tuple(crops.shape) for crops in batch.crops] == [(8, 3, 48, 48), (12, 3, 24, 24)]
+    views = bench_step.split_views(batch, 4)
+    assert len(views) == 5
+    assert all(len(view) == 4 for view in views)
+    default = bench_data.dataset_of([tmp_path / "photograph.jpg"], prepared=True)
+    assert default[0, 0]["global"].shape == (2, 3, 224, 224)
+
+
 def sleeper(seconds):
-    held = bytearray(b"1" * 300_000_000) if seconds > 0.05 else b""
+    """A side that sleeps; a slow one holds 300 MB."""
+    held = b""
+    if seconds > 0.05:
+        held = bytearray(b"1" * 300_000_000)
     return lambda: time.sleep(seconds + 0 * len(held))
 
 
 def test_sides_in_processes_of_their_own_take_turns():
-    sides = {name: functools.partial(sleeper, s) for name, s in (("slow", 0.2), ("fast", 0.02))}
+    sides = {"slow": functools.partial(sleeper, 0.2), "fast": functools.partial(sleeper, 0.02)}
     times, memory = measure.alternate_apart(sides, 3, 1)
-    assert {name: len(seconds) for name, seconds in times.items()} == {"slow": 3, "fast": 3}
+    assert len(times["slow"]) == len(times["fast"]) == 3
     assert min(times["slow"]) >= 0.2 > 0.15 > max(times["fast"]) >= 0.02
-    assert memory["slow"] - memory["fast"] > 250 and memory["fast"] > 50
+    assert memory["slow"] - memory["fast"] > 250
+    assert memory["fast"] > 50
 
 
 def test_ratios_by_hand():
-    told = measure.compare({"a": [4.0, 2.0, 3.0], "b": [1.0, 2.0, 0.5]}, images=2)
-    assert told["a"] == {"median_s": 1.5, "least_s": 1.0, "largest_s": 2.0}
-    assert told["b"] == {"median_s": 0.5, "least_s": 0.25, "largest_s": 1.0} | {
+    results = measure.compare({"a": [4.0, 2.0, 3.0], "b": [1.0, 2.0, 0.5]}, images=2)
+    assert results["a"] == {"median_s": 1.5, "least_s": 1.0, "largest_s": 2.0}
+    assert results["b"] == {
+        "median_s": 0.5,
+        "least_s": 0.25,
+        "largest_s": 1.0,
         "ratio": 3.0,
         "spread": [1.0, 6.0],
     }
@@ -161,3 +240,33 @@ def test_enlarged_photographs_cost_what_a_cameras_do(tmp_path):
     with Image.open(large) as image:
         assert image.size == measure.EYEPACS
     assert 700_000 < large.stat().st_size <= 1_500_000
+
+
+# ------------------------------------------------------------------------------------ from scratch
+def test_a_run_is_judged_by_the_last_half_of_its_epochs():
+    epoch = np.arange(5.0)
+    values = {
+        "loss": [9.0, 9.0, 0.9, 0.8, 0.7],
+        "teacher_entropy": [1.0, 1.0, 0.9, 0.9, 0.9],
+        "marginal_entropy": [0.0, 0.0, 0.6, 0.6, 0.6],
+        "rankme": [3.0, 1.0, 4.0, 5.0, 6.0],
+    }
+    curves = {name: np.stack([epoch, numbers], axis=1) for name, numbers in values.items()}
+    verdict = study_scratch.judge(curves, 1.0)
+    assert verdict["held"]
+    assert (verdict["rankme_start"], verdict["rankme_lowest"], verdict["rankme_end"]) == (3, 1, 6)
+    assert (verdict["loss_end"], verdict["ln_K"]) == (0.7, 1.0)
+
+    for name, spoiled, broken in (
+        ("loss", [0, 0, 0.9, 0.9, 1.1], ["loss below ln K", "loss falling"]),
+        ("teacher_entropy", [0.5, 0.5, 0.5, 0.99, 0.5], ["teacher entropy in 0.02-0.98"]),
+        ("teacher_entropy", [0.5, 0.5, 0.5, 0.01, 0.5], ["teacher entropy in 0.02-0.98"]),
+        ("marginal_entropy", [1, 1, 1, 1, 0.4], ["marginal entropy above 0.5"]),
+        ("rankme", [3, 9, 2, 4, 5], ["RankMe above the start's"]),
+        ("rankme", [3, 9, 6, 5, 4], ["RankMe rising"]),
+    ):
+        changed = {**curves, name: np.stack([epoch, np.array(spoiled)], axis=1)}
+        verdict = study_scratch.judge(changed, 1.0)
+        failed = [check for check, passed in verdict["checks"].items() if not passed]
+        assert failed == broken
+        assert not verdict["held"]
