@@ -187,6 +187,8 @@ def build_networks(
             mean=options.mean or used_to.mean,
             std=options.std or used_to.std,
         )
+        if (spec.mean, spec.std) != (used_to.mean, used_to.std):
+            log.warning("--init was trained with --mean %s --std %s", used_to.mean, used_to.std)
 
     # Seeded after the weights were read: reading may draw numbers, too.
     torch.manual_seed(options.seed)
