@@ -127,6 +127,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        # One layer gives queries, keys and values; each head sees its share of the width.
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, N, D / H)
         attention = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (B, H, N, N)
@@ -240,6 +241,7 @@ class Network(nn.Module):
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         """Return the logits (V B, K) of crops (B, 3, h, w), those of one size side by side."""
+        # Crops of other sizes need passes of their own: a tensor has one size.
         tokens = []
         start = 0
         while start < len(crops):
@@ -293,6 +295,7 @@ def clip_gradients(model: nn.Module, limit: float) -> None:
     for parameter in model.parameters():
         if parameter.grad is None:
             continue
+        # DINO's meaning of clipping: each parameter by its own norm, not all by a common one.
         norm = parameter.grad.norm(2)
         scale = limit / (norm.item() + 1e-6)
         if scale < 1:

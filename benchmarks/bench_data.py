@@ -46,11 +46,14 @@ def dataset_of(
     Its crops are those of SSRL.py's defaults where no options are given.
     """
     records = [Record(path.name, None, path.stem, "", "train") for path in paths]
-    manifest = Manifest(paths[0].parent, tuple(records), prepared, "benchmark")
+    manifest = Manifest(paths[0].parent, tuple(records), prepared=prepared, layout="benchmark")
     return PhotographDataset(manifest, records, MultiCrop(options or MultiCropOptions()))
 
 
 # ------------------------------------------------------------------------------------------ sides
+# Each function prepares what its side needs, which is not timed, and returns the call that is.
+
+
 def our_crops(paths: list[Path], *, prepared: bool, color: bool) -> Call:
     """Return the call that makes the crops of all photographs once.
 
@@ -60,6 +63,7 @@ def our_crops(paths: list[Path], *, prepared: bool, color: bool) -> Call:
     dataset = dataset_of(paths, prepared=prepared)
 
     def call() -> None:
+        # A batch is one photograph, so that a round's time is that of all photographs, one by one.
         batches = (default_collate([dataset[0, i]]) for i in range(len(paths)))
         if color:
             color_all(batches)
@@ -80,6 +84,7 @@ def lightly_crops(paths: list[Path]) -> Call:
     # Imported here, since only those who compare with it have it.
     from lightly.transforms import DINOTransform
 
+    # The scales are the paper's, as on the other sides.
     transform = DINOTransform(global_crop_scale=(0.4, 1.0), local_crop_scale=(0.05, 0.4))
     dataset = baseline.Photographs(paths, transform)
     return lambda: take_all(dataset[i] for i in range(len(paths)))
@@ -90,6 +95,7 @@ def our_loader(paths: list[Path]) -> Call:
     keep_freed_memory()
     dataset = dataset_of(repeat(paths, LOADED), prepared=True)
 
+    # Starting and ending the workers is part of the call, as on the other side.
     def call() -> None:
         sampler = StepSampler(LOADED, LOADER_BATCH)
         sampler.set_range(0, LOADED // LOADER_BATCH)
@@ -148,6 +154,7 @@ def time_one_core(paths: list[Path], rounds: int, *, prepared: bool) -> dict[str
         "ours": partial(our_crops, paths, prepared=prepared, color=True),
         COLOR_ON_GPU: partial(our_crops, paths, prepared=prepared, color=False),
     }
+    # Who installs only what the project needs goes without the third side.
     if measure.has_lightly():
         sides["lightly"] = partial(lightly_crops, paths)
     times, _ = measure.alternate_apart(sides, rounds, threads=1)

@@ -50,6 +50,7 @@ def cloud(rows: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
 
     The middles of the clouds are the same for every seed.
     """
+    # The clouds overlap: with clear ones all votes would go to one grade, on either side.
     generator = torch.Generator().manual_seed(seed)
     middles = torch.randn(GRADES, width, generator=torch.Generator().manual_seed(0))
     grades = torch.randint(GRADES, (rows,), generator=generator)
@@ -58,9 +59,13 @@ def cloud(rows: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------- k-NN
+# Each side prepares its features, which is not timed, and returns the call that is.
+
+
 @torch.no_grad()
 def plain_knn(bank: Tensor, grades: Tensor, queries: Tensor, k: int, classes: int) -> Tensor:
     """Return the votes (N, classes) of DINO's weighted k-NN, in chunks of a hundredth of TEST."""
+    # As DINO goes about it: one-hot rows of 1,000 classes, however few grades there are.
     bank_t = F.normalize(bank, dim=1).t()
     queries = F.normalize(queries, dim=1)
     votes = []
@@ -100,6 +105,7 @@ def disagreement(queries: int = 512) -> float:
     ours = knn_predict(bank, grades, asked, KS)
     largest = 0.0
     for k in KS:
+        # DINO's votes are sums of weights, ours are shares of their sum.
         votes = plain_knn(bank, grades, asked, k, CLASSES)[:, :GRADES]
         shares = votes / votes.sum(1, keepdim=True)
         largest = max(largest, float((ours[k] - shares).abs().max()))
@@ -108,6 +114,7 @@ def disagreement(queries: int = 512) -> float:
 
 def compare_knn(rounds: int, threads: int) -> dict[str, Any]:
     """Return the times and the peak memory of all sides' k-NN."""
+    # All queries would take minutes a round; a tenth shows the same ratio.
     queries = TEST // 10
     as_ours = "baseline, products and memory as ours"
     sides = {
@@ -190,6 +197,7 @@ def compare_linear(rounds: int, threads: int) -> dict[str, Any]:
 
 def backbone_runs() -> dict[str, float]:
     """Return how many photographs go through the backbone for a linear probe of 100 epochs."""
+    # The published probe runs it on both splits in each epoch, ours once, or once for each view.
     published = EPOCHS * (TRAIN + TEST)
     cached = TRAIN + TEST
     with_views = 10 * TRAIN + cached

@@ -91,11 +91,15 @@ def run_program(program: str, *arguments: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------ sides
+# Each side prepares what it needs, which is not timed, and returns the call that is.
+
+
 def with_pillow(path: Path, box: Box | None = None) -> np.ndarray:
     """Return what prepare_photograph would, by full decoding and a bicubic resize.
 
     The fundus is looked for where its box is not given. Returns uint8 RGB (SIZE, SIZE, 3).
     """
+    # Without `min_side` the JPEG is decoded whole, where our worker decodes it at a fraction.
     image = open_photograph(path)
     if box is None:
         box = find_fundus(image)
@@ -151,6 +155,7 @@ def worker_memory(sources: list[Path], folder: Path) -> float:
 def likeness(source: Path) -> float:
     """Return the peak signal-to-noise ratio in dB of both sides' pictures of the same crop."""
     ours = read_photograph(source, SIZE)
+    # Pixels can be compared only where both sides cut the same box.
     theirs = with_pillow(source, ours.box)
     error = np.mean((ours.picture.astype(float) - theirs.astype(float)) ** 2)
     return 10 * np.log10(255**2 / error)
@@ -218,6 +223,7 @@ def time_finished_again(picture: Path, folder: Path) -> float:
     (out / "prepare.jsonl").write_text("\n".join(journal) + "\n")
     (source / "trainLabels.csv").write_text("\n".join(labels) + "\n")
 
+    # The command reads all rows and compares all files with the journal, and prepares nothing.
     options = PrepareOptions(str(source), str(out), size=SIZE)
     return measure.timed(lambda: prepare_data.main(options))
 
@@ -228,6 +234,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each side that count")
     options = parser.parse_args()
+    # What prepare_data.py says of the empty files would fill the terminal.
     logging.getLogger("ssrl").setLevel(logging.ERROR)
     torch.set_num_threads(1)
 

@@ -63,9 +63,13 @@ CLIP = 3.0
 
 
 # ---------------------------------------------------------------------------------------- the step
+# A function that returns a Call prepares what its side needs, which is not timed; the call is.
+
+
 def batch_of_crops(folder: Path, options: SSRL.Options) -> CropBatch:
     """Return the crops of a batch on the device, as training makes them."""
     dataset = dataset_of(measure.photographs_in(folder), prepared=True, options=options)
+    # With fewer photographs than a batch takes, some come several times.
     items = [dataset[0, i % len(dataset)] for i in range(options.batch_size)]
     device = torch.device(options.device)
     return color_views(default_collate(items), device, IMAGENET_MEAN, IMAGENET_STD)
@@ -88,6 +92,7 @@ def our_training(
     """
     if sampler is None:
         sampler = StepSampler(STEPS * options.batch_size, options.batch_size)
+    # The folder is where a run would save; only SSRL.train does that.
     processes = devices.Processes(devices.choose_device(options.device))
     return SSRL.build_run(options, processes, run_folder.RunFolder(Path()), sampler)
 
@@ -97,6 +102,7 @@ def plain_training(options: SSRL.Options) -> baseline.Training:
     device = torch.device(options.device)
     student = _plain_network(options, options.drop_path).to(device)
     teacher = _plain_network(options, 0.0).to(device)
+    # The teacher starts as the student's copy and gets no gradients.
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     loss = baseline.Loss(
@@ -151,6 +157,7 @@ def our_update(options: SSRL.Options) -> Call:
     """Return the call of our clipping, optimizer and moving average, on random gradients."""
     device = measure.start_as_ours(options.device)
     state, run = our_training(options)
+    # A step takes the gradients away, so the same ones are given again: drawing takes longer.
     gradients = random_gradients(state.student)
     loss = torch.zeros((), device=device)
 
@@ -304,6 +311,7 @@ def products_alone(options: SSRL.Options) -> Call:
 # ------------------------------------------------------------------------------------- comparisons
 def compare_steps(folder: Path, options: SSRL.Options, rounds: int, threads: int) -> dict[str, Any]:
     """Return the times of both sides' steps; on a CPU the baseline's also with our choices."""
+    # The third side says how much of the ratio is the code, and how much the choice of libraries.
     sides: dict[str, Side] = {"baseline": partial(published_step, folder, options)}
     if options.device == "cpu":
         as_ours = partial(published_step, folder, options, as_ours=True)

@@ -45,6 +45,9 @@ SIZES = ((96, 48, 8), (224, 96, 2), (224, 96, 8), (224, 96, 24))
 
 
 # ------------------------------------------------------------------------------------------- sides
+# Each prepares data and networks, which is not timed, and returns the call that trains an epoch.
+
+
 def our_epochs(
     paths: list[Path], options: SSRL.Options, *, prepared: bool, wait_file: Path | None = None
 ) -> Call:
@@ -63,6 +66,7 @@ def our_epochs(
         for _ in range(sampler.steps_per_epoch):
             result = SSRL.train_step(state, batches, run)
             waits.append(result.waited)
+            # The numbers for the log are part of training, as in SSRL.train.
             if state.step % options.log_every == 0:
                 SSRL.summarize_steps(state, run, result)
 
@@ -133,6 +137,7 @@ def compare_with_published(
 
 def time_by_size(paths: list[Path], options: SSRL.Options, threads: int) -> dict[str, Any]:
     """Return the speed and memory of ours as shipped for each crop size and batch."""
+    # All cases in one comparison, so that they meet the same state of the machine.
     sides = {}
     for global_crop, local_crop, batch_size in SIZES:
         sized = replace(
@@ -168,6 +173,7 @@ def time_by_processes(folder: Path, options: SSRL.Options) -> dict[str, Any]:
             entry = json.loads(line)
             if "images_per_s" in entry:
                 rates.append(entry["images_per_s"])
+        # The median, since the first interval holds the start of the workers.
         rates.sort()
         results[f"processes: {world}"] = {"images_per_s": round(rates[len(rates) // 2], 2)}
     return results
@@ -207,10 +213,12 @@ def write_data(photographs: list[Path], folder: Path, count: int) -> dict[str, l
         folders["originals"].append(original)
         folders["prepared"].append(prepared)
 
+    # Without grades: self-supervised training reads none.
     records = []
     for i in range(count):
         records.append(Record(f"images/{i}_left.jpg", None, str(i), "left", "train"))
     write_manifest(folder / "prepared", records)
+    # A folder counts as prepared, and is not cropped again, when it holds this report.
     (folder / "prepared" / "data_report.json").write_text("{}")
     return folders
 

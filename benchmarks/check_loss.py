@@ -49,11 +49,14 @@ def train_both(manifest: Manifest, options: SSRL.Options, steps: int) -> Losses:
     records = manifest.split("train")
     dataset = data.PhotographDataset(manifest, records, MultiCrop(options), options.seed)
     sampler = data.StepSampler(len(records), options.batch_size, seed=options.seed)
+
     # At least 10 epochs, so that the schedules hardly move over the first few steps.
     epochs = max(10, math.ceil(steps / sampler.steps_per_epoch))
     options = replace(options, epochs=epochs)
     state, run = our_training(options, sampler)
     plain = plain_training(replace(options, precision="fp32"))
+
+    # Both sides start from our random weights.
     plain.student.load_state_dict(state.student.state_dict())
     plain.teacher.load_state_dict(state.teacher.state_dict())
 
@@ -71,7 +74,7 @@ def train_both(manifest: Manifest, options: SSRL.Options, steps: int) -> Losses:
         losses["ours"].append(float(result.terms["loss"]))
 
         torch.backends.mkldnn.matmul.fp32_precision = "none"
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # so that stochastic depth drops the same samples
         losses["baseline"].append(plain.step(split_views(crops, options.batch_size)))
     return losses
 
@@ -136,6 +139,7 @@ def compare_in_bf16(
     mean_losses: Losses = {"baseline": [], "ours": []}
     for seed in SEEDS:
         losses = train_both(manifest, replace(options, seed=seed), steps)
+        # Before that step both losses are near ln K, whatever the code does.
         first_step = first_fallen(losses["baseline"])
         for side, values in mean_losses.items():
             values.append(statistics.mean(losses[side][first_step:]))

@@ -156,6 +156,7 @@ def compare(times: dict[str, list[float]], images: int = 1) -> dict[str, Any]:
     The first side is the baseline: a ratio of 2 is twice as fast. Seconds are those of a call over
     `images`. `spread` is the least and largest ratio of a single round.
     """
+    # The median, since a round may meet another program that wants the machine.
     results: dict[str, Any] = {}
     for name, seconds in times.items():
         results[name] = {

@@ -59,6 +59,7 @@ def train(seed: int, options: argparse.Namespace, more: list[str]) -> Path:
 
 def read_log(run: Path) -> tuple[dict[str, Any], Curves]:
     """Return a log's first line, and the curves of the quantities that are drawn."""
+    # Steps and epochs write lines of their own, so that not every line has every quantity.
     text = (run / "log.jsonl").read_text("utf-8")
     first, *lines = [json.loads(line) for line in text.splitlines()]
     curves = {}
@@ -74,6 +75,7 @@ def judge(curves: Curves, log_k: float) -> dict[str, Any]:
     Whether a quantity falls or rises is the sign of a line fitted to that half. `log_k` is ln K,
     the loss of a network that has learned nothing.
     """
+    # The first half does not count: a healthy run may dip before it rises.
     last_epoch = curves["rankme"][-1, 0]
     late = {}
     for name, rows in curves.items():
@@ -158,6 +160,7 @@ def draw(seeds: dict[int, Curves], log_k: float, title: str, path: Path) -> None
         axes.set(xlabel="epoch", ylabel=label)
         axes.ticklabel_format(useOffset=False)
         if "entropy" in name:
+            # The same scale in all studies, since it is the distance from 0 and 1 that counts.
             axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
@@ -166,6 +169,7 @@ def draw(seeds: dict[int, Curves], log_k: float, title: str, path: Path) -> None
 
 def gain_in_qwk(verdicts: list[dict[str, Any]]) -> dict[str, float]:
     """Return the mean over seeds, and its deviation, of what training adds to the 15-NN's QWK."""
+    # By seed, since an untrained network already scores differently with each.
     gains = []
     for verdict in verdicts:
         trained = verdict["knn"]["trained"]["qwk"]["value"]

@@ -39,7 +39,7 @@ class Options:
 def test_lines_by_hand():
     facts = style_facts.measure(LINES)
     assert facts.code_lines == 7
-    assert facts.lines == 5 + 2 + 7
+    assert facts.filled_lines == 5 + 2 + 7
     assert facts.comments_alone == 2
     assert facts.comments_behind == 2
     assert facts.percent(facts.comments_alone) == pytest.approx(100 * 2 / 14)

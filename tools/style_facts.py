@@ -69,23 +69,24 @@ LAYOUT_TOKENS = {
 
 @dataclass
 class Facts:
-    """The counts of one file, or of several together. `longest_name` is "" without functions."""
+    """The counts of one file, or of several together."""
 
+    # Counts rather than rates, so that the total weighs a file by its length.
     code_lines: int = 0
-    lines: int = 0
+    filled_lines: int = 0  # all that are not blank
     comments_alone: int = 0
     comments_behind: int = 0
     packed_assignments: int = 0
     conditional_expressions: int = 0
     comprehensions: int = 0
     longest_lines: int = 0
-    longest_name: str = ""
+    longest_name: str = ""  # empty without functions
 
     def percent(self, count: int) -> float:
         """Return a number of lines in % of the lines that are not blank."""
-        if self.lines == 0:
+        if self.filled_lines == 0:
             return 0.0
-        return 100 * count / self.lines
+        return 100 * count / self.filled_lines
 
     def per_thousand(self, count: int) -> float:
         """Return a count per 1,000 lines of code."""
@@ -137,7 +138,7 @@ def count_lines(source: str, tree: ast.Module, facts: Facts) -> None:
         if not line.strip():
             blank.add(number)
 
-    facts.lines = len(text_lines) - len(blank)
+    facts.filled_lines = len(text_lines) - len(blank)
     facts.code_lines = len(code - blank)
     facts.comments_alone = len(comments - code)
     facts.comments_behind = len(comments & code)
@@ -157,6 +158,7 @@ def count_expressions(tree: ast.Module, facts: Facts) -> None:
     """Fill in the numbers of packed assignments, conditional expressions, comprehensions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            # `a = b, c = 1, 2` is one assignment with two targets.
             if any(isinstance(target, ast.Tuple) for target in node.targets):
                 facts.packed_assignments += 1
         elif isinstance(node, ast.IfExp):
@@ -177,6 +179,7 @@ def find_longest_function(node: ast.AST, prefix: str, facts: Facts) -> None:
             if length > facts.longest_lines:
                 facts.longest_lines = length
                 facts.longest_name = name
+        # Functions also stand inside functions, classes and `if`s.
         find_longest_function(child, name, facts)
 
 
@@ -185,7 +188,7 @@ def add_up(rows: dict[str, Facts]) -> Facts:
     total = Facts()
     for name, facts in rows.items():
         total.code_lines += facts.code_lines
-        total.lines += facts.lines
+        total.filled_lines += facts.filled_lines
         total.comments_alone += facts.comments_alone
         total.comments_behind += facts.comments_behind
         total.packed_assignments += facts.packed_assignments
@@ -241,6 +244,7 @@ def measure_files(repo: Path, files: Sequence[Path]) -> tuple[dict[str, Facts], 
     rows = {}
     skipped = {}
     for path in files:
+        # A file elsewhere, named by its whole path, keeps that name.
         name = str(path)
         if path.is_relative_to(repo):
             name = path.relative_to(repo).as_posix()
@@ -278,6 +282,7 @@ def print_table(rows: dict[str, Facts]) -> None:
         table.append(table_row(name, facts))
     table.append(table_row("total", add_up(rows)))
 
+    # The last column ends with names of any length, so it is not padded.
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         first = cells[0].ljust(widths[0])
@@ -301,6 +306,7 @@ def main() -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
 
+    # What was skipped goes to stderr, so that the table alone can be piped on.
     rows, skipped = measure_files(options.repo, files)
     print_table(rows)
     for name, reason in skipped.items():
