@@ -14,16 +14,19 @@ import hashlib
 import json
 import logging
 import math
+import numbers
 import os
 import sys
 import tempfile
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 log = logging.getLogger("ssrl")
 HERE = Path(__file__).resolve().parent  # of the checkout: where configs/ lies
@@ -44,6 +47,9 @@ class Stopped(RuntimeError):
     """A signal ended the run and its state is saved (exit code 75)."""
 
 
+EXIT_CODES = {InputError: 2, Diverged: 3, Stopped: 75}
+
+
 @dataclass(frozen=True)
 class Bounds:
     """Least and largest value that an option takes, both allowed; of a list, each value's.
@@ -53,6 +59,9 @@ class Bounds:
 
     low: float
     high: float
+
+
+ANY_NUMBER = Bounds(-math.inf, math.inf)  # of a field without Bounds
 
 
 @dataclass
@@ -80,7 +89,7 @@ class RunOptions:
         check_bounds(self)
 
 
-# ----------------------------------------------------------------------------------------- options
+# --------------------------------------------------------------------------------- reading options
 def parse(
     options_class: type[Options],
     argv: list[str] | None = None,
@@ -94,30 +103,58 @@ def parse(
     the config file used, if any. Raises InputError for faults of the YAML file and for empty lists;
     faults of flags end the program with exit code 2, after a message naming the nearest known one.
     """
-    arguments = _drop_option(list(sys.argv[1:] if argv is None else argv), "--local-rank")[0]
+    if argv is None:
+        argv = sys.argv[1:]
+    # Two that are no option of the script, so that the parser would refuse them.
+    arguments, _ = _drop_option(argv, "--local-rank")
     arguments, config = _drop_option(arguments, "--config")
-    named = {word.partition("=")[0].replace("_", "-") for word in arguments}
-    path = Path(config) if config else None if named & DATA_FLAGS else default_config
-    flags = _yaml_flags(options_class, path) if path else []
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+
+    # Whoever names data wants the recipe for real data, not the demonstration's.
+    path = None
+    if config:
+        path = Path(config)
+    elif not given & DATA_FLAGS:
+        path = default_config
+    from_file = []
+    if path:
+        from_file = _yaml_flags(options_class, path)
+
+    # One parser reads both. The file's flags come first, since the last value of a flag wins.
+    words = from_file + arguments
     about = (
         f"{options_class.__doc__}\n--config FILE takes options from a YAML file; flags override it."
     )
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_keep_unreadable_number)
     try:
-        options = tyro.cli(options_class, args=flags + arguments, description=about)
+        options = tyro.cli(options_class, args=words, description=about, registry=registry)
     except SystemExit as end:
-        if flags and end.code:
+        if from_file and end.code:
             print(f"Options that are not in the command come from {path}", file=sys.stderr)
         raise
+    # Classes that do not inherit RunOptions may not have checked by themselves.
+    check_bounds(options)
+
+    # `--k` without a value is a slip. An option that is empty by default may stay so.
     for field in dataclasses.fields(options):
-        flag = "--" + field.name.replace("_", "-")
-        if getattr(options, field.name) == () and (field.default != () or flag in named):
+        flag = flag_of(field.name)
+        is_open = field.default == () and flag not in given
+        if getattr(options, field.name) == () and not is_open:
             raise InputError(f"{flag} has no value: give at least one, separated by blanks")
     return options, path
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of an option: "--batch-size" for "batch_size"."""
+    return "--" + name.replace("_", "-")
+
+
 def _drop_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
-    """Take `name` and its value out of the arguments, both spellings of its dashes."""
-    kept, value, words = [], None, iter(arguments)
+    """Take `name` and its value out of the arguments; the name may have dashes or underscores."""
+    kept = []
+    value = None
+    words = iter(arguments)
     for word in words:
         flag, equals, attached = word.partition("=")
         if flag.replace("_", "-") != name:
@@ -131,51 +168,173 @@ def _drop_option(arguments: list[str], name: str) -> tuple[list[str], str | None
     return kept, value
 
 
+def _keep_unreadable_number(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Keep the text of what should be a number and is none, as tyro's rule for numbers.
+
+    `check_bounds` then refuses it and says which numbers the option takes, which tyro cannot know.
+    """
+    kind = type_info.type
+    if kind not in (int, float):
+        return None
+
+    def read(words: list[str]) -> float | str:
+        try:
+            return kind(words[0])
+        except ValueError:  # also for integers of more than 4,300 digits
+            return words[0]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def _yaml_flags(options_class: type, path: Path) -> list[str]:
     """Turn a YAML mapping into flags; scalars stay text, so that the one parser types them."""
     types = typing.get_type_hints(options_class)
-    flags: dict[str, list[str]] = {}
-    for key, texts, where in _yaml_items(path):
-        flag = key.replace("_", "-")
-        if key not in types:
-            near = difflib.get_close_matches(key, types, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{where}unknown option {key!r}{hint}")
-        if key in flags:
-            raise InputError(f"{where}{key!r} is given twice; keep one")
-        if types[key] is not bool:
-            flags[key] = [f"--{flag}", *texts]
-        elif texts in (["true"], ["false"]):
-            flags[key] = [f"--{flag}" if texts == ["true"] else f"--no-{flag}"]
+    flags: list[str] = []
+    names: set[str] = set()
+    for name, texts, place in _yaml_items(path):
+        if name not in types:
+            message = f"{place}unknown option {name!r}"
+            for near in difflib.get_close_matches(name, types, 1):
+                message += f"; did you mean {near!r}?"
+            raise InputError(message)
+        if name in names:
+            raise InputError(f"{place}{name!r} is given twice; keep one")
+        names.add(name)
+
+        flag = flag_of(name)
+        if types[name] is not bool:
+            flags += [flag, *texts]
+        elif texts == ["true"]:
+            flags.append(flag)
+        elif texts == ["false"]:
+            flags.append(flag.replace("--", "--no-", 1))
         else:
-            raise InputError(f"{where}{key!r} must be true or false, not {' '.join(texts)}")
-    return [word for words in flags.values() for word in words]
+            raise InputError(f"{place}{name!r} must be true or false, not {' '.join(texts)}")
+    return flags
 
 
-def _yaml_items(path: Path) -> typing.Iterator[tuple[str, list[str], str]]:
-    """Give key, values as text and place ("file, line n: ") of a YAML mapping's entries."""
+def _yaml_items(path: Path) -> Iterator[tuple[str, list[str], str]]:
+    """Give name, values as text and place ("file, line n: ") of a YAML mapping's entries."""
     try:
+        # Scalars stay as they are written: YAML itself reads 1e-3 as text, no as false, 12:30 as
+        # 750. Nodes tell their line, and a name that is given twice.
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: is not YAML ({error})") from None
-    if root is not None and not isinstance(root, yaml.MappingNode):
+    if root is None:  # nothing but comments
+        return
+    if not isinstance(root, yaml.MappingNode):
         raise InputError(f"--config {path}: expected lines of the form `option: value`")
-    for key, node in root.value if root else []:
-        where = f"{path}, line {key.start_mark.line + 1}: "
-        values = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        if not all(isinstance(value, yaml.ScalarNode) for value in values):
-            raise InputError(f"{where}{key.value!r} must be a value or a list of values")
-        yield str(key.value).replace("-", "_"), [value.value for value in values], where
+
+    for key, node in root.value:
+        place = f"{path}, line {key.start_mark.line + 1}: "
+        values = [node]
+        if isinstance(node, yaml.SequenceNode):
+            values = node.value
+        texts = []
+        for value in values:
+            if not isinstance(value, yaml.ScalarNode):
+                raise InputError(f"{place}{key.value!r} must be a value or a list of values")
+            texts.append(value.value)
+        yield str(key.value).replace("-", "_"), texts, place
+
+
+# ------------------------------------------------------------------- checking and writing options
+def check_bounds(options: Any) -> None:
+    """Raise InputError for the first number among the options that is outside its Bounds.
+
+    NaN is outside any, and text is no number, with Bounds or without. The values of a list and of a
+    dict are checked one by one. Checks that compute with the options come after this one.
+    """
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        number_type = _number_type(hints[field.name])
+        if number_type is None:
+            continue
+        bounds = _bounds_of(hints[field.name])
+        for value in _values_of(getattr(options, field.name)):
+            # not "outside": every comparison with NaN is false
+            fits = isinstance(value, number_type) and bounds.low <= value <= bounds.high
+            if not fits:
+                expected = _expected_text(number_type, bounds)
+                raise InputError(f"{flag_of(field.name)} {shorten(value)}: expected {expected}")
+
+
+def _number_type(hint: Any) -> type | None:
+    """Return which numbers a field holds, itself or in a list or dict; None if none."""
+    # Annotated[tuple[int, ...], Bounds(1, 9)] -> tuple[int, ...] -> int
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    types = (hint, *typing.get_args(hint))
+    if float in types:
+        return numbers.Real
+    if int in types:
+        return numbers.Integral
+    return None
+
+
+def _bounds_of(hint: Any) -> Bounds:
+    """Return the Bounds that stand beside a field."""
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, Bounds):
+            return note
+    return ANY_NUMBER
+
+
+def _values_of(value: Any) -> list[Any]:
+    """Return the values of a dict or a list, or the one value."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (tuple, list)):
+        return list(value)
+    return [value]
+
+
+def _expected_text(number_type: type, bounds: Bounds) -> str:
+    """Return which numbers an option takes, for a message."""
+    text = "a number"
+    if number_type is numbers.Integral:
+        text = "a whole number"
+    if bounds == ANY_NUMBER:
+        return text
+    return f"{text} from {_limit_text(bounds.low)} to {_limit_text(bounds.high)}"
+
+
+def _limit_text(limit: float) -> str:
+    """Return a limit as it is typed: 4294967295 and 0.05."""
+    # without commas between thousands: tyro breaks the lines of its messages there
+    if float(limit).is_integer() and abs(limit) < 1e15:
+        return str(int(limit))
+    return f"{limit:g}"
+
+
+def shorten(value: Any) -> str:
+    """Return a value's text for a message, at most 60 characters of it."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "with thousands of digits"
+    if len(text) <= 60:
+        return text
+    return f"{text[:40]}... ({len(text)} characters)"
 
 
 def plain_options(options: Any) -> dict[str, Any]:
     """Return the options that describe a run, lists for tuples; without those of one call alone."""
     plain = {}
     for name, value in vars(options).items():
+        if isinstance(value, tuple):  # YAML and JSON know lists alone
+            value = list(value)
         if name not in OF_ONE_CALL:
-            plain[name] = list(value) if isinstance(value, tuple) else value
+            plain[name] = value
     return plain
 
 
@@ -191,60 +350,31 @@ def dump_options(options: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-EXIT_CODES = {InputError: 2, Diverged: 3, Stopped: 75}
-
-
+# ------------------------------------------------------------------------------------- the program
 def run_main(main: Any, options_class: type, *, default_config: Path | None = None) -> None:
     """Run `main(options, config file or None)` as a program; known errors are one message."""
     setup_log()
     keep_freed_memory()
-    options = None
+    debug = "--debug" in sys.argv  # for errors of the options themselves
     try:
         options, config = parse(options_class, default_config=default_config)
+        debug = options.debug
         main(options, config)
     except tuple(EXIT_CODES) as error:
-        if options.debug if options else "--debug" in sys.argv:
+        if debug:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_CODES[type(error)])
 
 
-def check_bounds(options: Any) -> None:
-    """Raise InputError for the first number among the options that is outside its Bounds.
-
-    NaN is outside any. A dict's values and a list's are checked one by one.
-    """
-    hints = typing.get_type_hints(type(options), include_extras=True)
-    for field in dataclasses.fields(options):
-        bounds = [m for m in getattr(hints[field.name], "__metadata__", ()) if type(m) is Bounds]
-        if not bounds:
-            continue
-        value = getattr(options, field.name)
-        numbers = [value]
-        if isinstance(value, dict):
-            numbers = list(value.values())
-        elif isinstance(value, (tuple, list)):
-            numbers = list(value)
-        low, high = bounds[0].low, bounds[0].high
-        for number in numbers:
-            if not low <= number <= high:
-                flag = "--" + field.name.replace("_", "-")
-                raise InputError(f"{flag} {number}: expected {low:g} to {high:g}")
-
-
-def check_options(options: Any, names: str, fits: Any, expected: str) -> None:
-    """Raise InputError for the first of the options `names` whose value does not fit."""
-    for name in names.split():
-        if not fits(getattr(options, name)):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {getattr(options, name)}: expected {expected}")
-
-
 def setup_log() -> None:
     """Print log records of this program as plain lines, of the main process alone."""
-    main_process = int(os.environ.get("RANK", "0")) == 0
+    # Force: a library that was imported may have set up the log for itself
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO if main_process else logging.ERROR)
+    level = logging.INFO
+    if os.environ.get("RANK", "0") != "0":  # set by launchers of several processes
+        level = logging.ERROR
+    log.setLevel(level)
 
 
 def keep_freed_memory() -> None:
@@ -253,37 +383,51 @@ def keep_freed_memory() -> None:
     glibc gives large arrays back to the system at once; every photograph, and every step on a CPU,
     then waits for new pages, a tenth of its time. No other C library is asked.
     """
-    for name, number, value in (("TRIM_THRESHOLD", -1, 2**31 - 1), ("MMAP_MAX", -4, 0)):
-        os.environ.setdefault(f"MALLOC_{name}_", str(value))  # for processes to come
-        with contextlib.suppress(OSError, AttributeError, TypeError):
-            ctypes.CDLL(None).mallopt(number, value)
+    # The numbers are M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+    _set_malloc("MALLOC_TRIM_THRESHOLD_", -1, 2**31 - 1)
+    _set_malloc("MALLOC_MMAP_MAX_", -4, 0)
 
 
-# --------------------------------------------------------------------------------------- run files
-def write_atomic(path: Path, write: typing.Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename: whole or not at all."""
+def _set_malloc(variable: str, number: int, value: int) -> None:
+    """Set one of glibc's settings, in this process and through the environment in its children."""
+    os.environ.setdefault(variable, str(value))
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(number, value)
+
+
+# ------------------------------------------------------------------------------------------- files
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: whole or not at all.
+
+    Makes the folder where it is missing; raises InputError where a file is in its place.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{path.parent}: is no folder but a file; name another") from None
+
+    # In the same folder, since renaming is atomic within one file system only.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
+        # Without this a power cut after the renaming may leave the new name on an empty file.
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        # Files of mkstemp are private, but results are for the group, as far as the umask allows.
+        # Python tells the umask only while setting it.
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; results are for the group
+        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, leaves no temporary file behind
         temporary.unlink(missing_ok=True)
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinities are refused, since JSON has none."""
+    """Write JSON atomically; raises ValueError for NaN and infinities, since JSON has none."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -295,12 +439,13 @@ def sha256_of(path: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------- schedules
+# Pure functions of the step: they keep no state, so that a resumed run continues by arithmetic.
 def cosine_schedule(
     step: float, total: float, start: float, end: float, warmup: float = 0
 ) -> float:
     """Return the value at `step`: linear from 0 to `start` over `warmup`, then cosine to `end`.
 
-    Pure: needs no state, so that a resumed run continues by arithmetic. At `total` it is `end`.
+    At `total` it is `end`, and after it.
     """
     if step < warmup:
         return start * step / warmup
@@ -310,4 +455,13 @@ def cosine_schedule(
 
 def linear_schedule(step: float, total: float, start: float, end: float) -> float:
     """Return the value at `step`: linear from `start` to `end` over `total` steps, then `end`."""
-    return end if step >= total else start + (end - start) * step / total
+    if step >= total:
+        return end
+    return start + (end - start) * step / total
+
+
+def check_options(options: Any, names: str, fits: Any, expected: str) -> None:
+    """Raise InputError for the first of the options `names` whose value does not fit."""
+    for name in names.split():  # a name that callers are leaving
+        if not fits(getattr(options, name)):
+            raise InputError(f"{flag_of(name)} {getattr(options, name)}: expected {expected}")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import SSRL
 from fundus.manifest import Record, write_manifest
 from fundus.synthetic import DrawnEye, draw_photograph
 from utils import sha256_of
@@ -85,6 +84,8 @@ def tiny(prepared, tmp_path, monkeypatch):
     """A function that returns training options of seconds, changed as told; runs under tmp_path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # seconds to import
+
+    import SSRL  # here, since most tests need no training
 
     def options(**changed):
         return SSRL.Options(**(tiny_values(prepared) | changed))

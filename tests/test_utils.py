@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import json
 import math
 import os
 import platform
@@ -11,8 +10,8 @@ import re
 import stat
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -20,17 +19,12 @@ import torch
 from conftest import child_environment
 from timm.scheduler import CosineLRScheduler
 
-import eval_knn
-import eval_linear
-import run_folder
-import SSRL
 import utils
-import visualize_attention
-from utils import HERE, InputError, RunOptions, cosine_schedule, linear_schedule, parse
+from utils import HERE, Bounds, InputError, RunOptions, cosine_schedule, linear_schedule, parse
 
 
 @dataclass
-class Some(RunOptions):
+class EveryType(RunOptions):
     """Options of every type that the scripts use."""
 
     data: str = ""
@@ -45,14 +39,36 @@ class Some(RunOptions):
 
 @dataclass
 class Needy:
-    """Options of which one has no default."""
+    """Options of which one has no default, and no number has bounds."""
 
     source: str
     size: int = 5
+    speed: float = 1.0
+
+
+@dataclass
+class Bounded:
+    """Options with bounds, of every type that holds numbers."""
+
+    epochs: Annotated[int, Bounds(1, 100_000)] = 100
+    lr: Annotated[float, Bounds(0, 0.5)] = 0.1
+    k: Annotated[tuple[int, ...], Bounds(1, 20)] = (5,)
+    mean: Annotated[tuple[float, ...], Bounds(0, 1)] = ()
+    grades: Annotated[dict[str, int], Bounds(0, 4)] = field(default_factory=dict)
+    name: str = "x"
+    flip: bool = True
+
+    def __post_init__(self):
+        utils.check_bounds(self)
+
+
+def options_of(script):
+    """The options class of a script, whose import takes seconds: only where a test needs it."""
+    return importlib.import_module(script).Options
 
 
 def yaml_file(tmp_path, text):
-    path = tmp_path / "some.yaml"
+    path = tmp_path / "options.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -64,7 +80,8 @@ def refusal(options_class, argv, **kwargs):
         try:
             parse(options_class, [str(word) for word in argv], **kwargs)
         except SystemExit as end:
-            return " ".join(re.sub("[^!-~]", " ", shown.getvalue()).split()), end.code
+            text = re.sub("[^!-~]|-{3,}", " ", shown.getvalue())
+            return " ".join(text.split()), end.code
         except InputError as error:
             return str(error), 2
     raise AssertionError(f"{argv} was accepted")
@@ -75,63 +92,63 @@ def refusal(options_class, argv, **kwargs):
 
 def test_defaults_then_yaml_then_flags(tmp_path):
     path = yaml_file(tmp_path, "lr: 1e-3\nbatch_size: 8\nscale: [0.2, 0.7]\nkeep: false\nk: 3\n")
-    options, used = parse(Some, ["--config", str(path), "--batch-size", "9", "--flip"])
+    options, used = parse(EveryType, ["--config", str(path), "--batch-size", "9", "--flip"])
     assert used == path
     assert (options.lr, options.batch_size, options.scale) == (1e-3, 9, (0.2, 0.7))
     assert (options.keep, options.flip, options.k, options.mode) == (False, True, (3,), "mean")
-    assert parse(Some, [])[0].lr == 0.5 and parse(Some, [])[1] is None
+    assert parse(EveryType, [])[0].lr == 0.5 and parse(EveryType, [])[1] is None
 
 
 @pytest.mark.parametrize("argv", [["--batch-size", "9"], ["--batch_size", "9"], ["--batch_size=9"]])
 def test_both_spellings_of_a_name(argv):
-    assert parse(Some, argv)[0].batch_size == 9
+    assert parse(EveryType, argv)[0].batch_size == 9
 
 
 def test_last_value_wins(tmp_path):
     path = yaml_file(tmp_path, "k: [1, 2, 3]\nflip: true\n")
     argv = ["--lr", "1", "--k", "4", "--lr", "2", "--config", str(path), "--k", "7", "8"]
-    options = parse(Some, [*argv, "--no-flip"])[0]
+    options = parse(EveryType, [*argv, "--no-flip"])[0]
     assert (options.lr, options.k, options.flip) == (2.0, (7, 8), False)
 
 
 @pytest.mark.parametrize("value", ["1e-3", "-1e-3", "1E4", "3", ".5"])
 def test_numbers_in_yaml_are_numbers(tmp_path, value):
     path = yaml_file(tmp_path, f"lr: {value}\n")
-    assert parse(Some, ["--config", str(path)])[0].lr == float(value)
+    assert parse(EveryType, ["--config", str(path)])[0].lr == float(value)
 
 
 @pytest.mark.parametrize(
-    ("options_class", "argv", "name", "value"),
+    ("script", "argv", "name", "value"),
     [
-        (SSRL.Options, ["--data_path", "d"], "data", "d"),
-        (SSRL.Options, ["--data-path=d"], "data", "d"),
-        (SSRL.Options, ["--batch_size_per_gpu", "7"], "batch_size", 7),
-        (SSRL.Options, ["--saveckp_freq", "7"], "keep_every", 7),
-        (SSRL.Options, ["--num_workers", "7"], "workers", 7),
-        (SSRL.Options, ["--checkpoint_key", "student"], "checkpoint_key", "student"),
-        (eval_knn.Options, ["--nb_knn", "7", "9"], "k", (7, 9)),
-        (eval_knn.Options, ["--pretrained_weights", "w"], "pretrained", "w"),
-        (eval_linear.Options, ["--pretrained_weights", "w"], "pretrained", "w"),
-        (eval_linear.Options, ["--checkpoint_key", "student"], "checkpoint_key", "student"),
-        (visualize_attention.Options, ["--image_path", "i"], "image", ("i",)),
+        ("SSRL", ["--data_path", "d"], "data", "d"),
+        ("SSRL", ["--data-path=d"], "data", "d"),
+        ("SSRL", ["--batch_size_per_gpu", "7"], "batch_size", 7),
+        ("SSRL", ["--saveckp_freq", "7"], "keep_every", 7),
+        ("SSRL", ["--num_workers", "7"], "workers", 7),
+        ("SSRL", ["--checkpoint_key", "student"], "checkpoint_key", "student"),
+        ("eval_knn", ["--nb_knn", "7", "9"], "k", (7, 9)),
+        ("eval_knn", ["--pretrained_weights", "w"], "pretrained", "w"),
+        ("eval_linear", ["--pretrained_weights", "w"], "pretrained", "w"),
+        ("eval_linear", ["--checkpoint_key", "student"], "checkpoint_key", "student"),
+        ("visualize_attention", ["--image_path", "i"], "image", ("i",)),
     ],
 )
-def test_spellings_of_dino(options_class, argv, name, value):
-    assert getattr(parse(options_class, argv)[0], name) == value
+def test_spellings_of_dino(script, argv, name, value):
+    assert getattr(parse(options_of(script), argv)[0], name) == value
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("lr: 1\nlr: 2\n", ["line 2", "lr", "twice"]),
         ("batch_size: 1\nbatch-size: 2\n", ["line 2", "batch_size", "twice"]),
         ("lr: 1\nbatchsize: 2\n", ["line 2", "'batchsize'", "'batch_size'"]),
-        ("lr: fast\n", ["lr", "fast", "some.yaml"]),
-        ("batch_size: 1.5\n", ["batch-size", "1.5", "some.yaml"]),
-        ("mode: median\n", ["mode", "median", "some.yaml"]),
+        ("lr: fast\n", ["lr", "fast", "options.yaml"]),
+        ("batch_size: 1.5\n", ["batch-size", "1.5", "options.yaml"]),
+        ("mode: median\n", ["mode", "median", "options.yaml"]),
         ("flip: 1\n", ["flip", "true or false"]),
         ("flip: [true, false]\n", ["flip", "true or false"]),
-        ("scale: [0.5]\n", ["scale", "some.yaml"]),
+        ("scale: [0.5]\n", ["scale", "options.yaml"]),
         ("lr: {a: 1}\n", ["line 1", "lr"]),
         ("k: []\n", ["--k"]),
         ("- lr\n- 1\n", ["option: value"]),
@@ -140,18 +157,20 @@ def test_spellings_of_dino(options_class, argv, name, value):
         ("lr: !!python/object/apply:os.getcwd []\n", ["lr"]),
     ],
 )
-def test_faults_of_the_yaml(tmp_path, text, told):
+def test_faults_of_the_yaml(tmp_path, text, expected):
     path = yaml_file(tmp_path, text)
-    message, code = refusal(Some, ["--config", path])
-    assert code == 2 and not [word for word in told if word not in message], message
+    message, code = refusal(EveryType, ["--config", path])
+    assert code == 2
+    for words in expected:
+        assert words in message
 
 
 def test_empty_yaml_is_the_defaults(tmp_path):
-    assert parse(Some, ["--config", str(yaml_file(tmp_path, "# nothing\n"))])[0] == Some()
+    assert parse(EveryType, ["--config", str(yaml_file(tmp_path, "# nothing\n"))])[0] == EveryType()
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "expected"),
     [
         (["--bath-size", "3"], "--batch-size"),
         (["--lr", "fast"], "fast"),
@@ -159,33 +178,38 @@ def test_empty_yaml_is_the_defaults(tmp_path):
         (["--mode", "median"], "sinkhorn"),
         (["--k"], "--k"),
         (["--scale", "1"], "--scale"),
-        (["--workers", "-1"], "0 or more"),
+        (["--workers", "-1"], "--workers -1: expected a whole number from 0 to 1024"),
+        (["--num-workers", "1e22"], "--workers 1e22: expected a whole number from 0 to 1024"),
         (["--config"], "--config"),
         (["--config", "--lr"], "--config"),
         (["--config", "absent.yaml"], "absent.yaml"),
     ],
 )
-def test_faults_of_flags(argv, told):
-    message, code = refusal(Some, argv)
-    assert code == 2 and told in message
+def test_faults_of_flags(argv, expected):
+    message, code = refusal(EveryType, argv)
+    assert code == 2
+    assert expected in message
 
 
 @pytest.mark.parametrize(
     "argv", [["--local-rank=1"], ["--local-rank", "1"], ["--local_rank", "1"], ["--local_rank=1"]]
 )
 def test_launchers_local_rank_is_ignored(argv):
-    assert parse(Some, [*argv, "--lr", "3"])[0].lr == 3.0
-    assert parse(Some, ["--lr", "3", *argv])[0].lr == 3.0
+    assert parse(EveryType, [*argv, "--lr", "3"])[0].lr == 3.0
+    assert parse(EveryType, ["--lr", "3", *argv])[0].lr == 3.0
 
 
 def test_default_config_stands_in_for_config_and_data(tmp_path):
     path = yaml_file(tmp_path, "lr: 7\n")
-    assert parse(Some, [], default_config=path) == (Some(lr=7.0), path)
+    assert parse(EveryType, [], default_config=path) == (EveryType(lr=7.0), path)
     for argv in (["--data", "d"], ["--data=d"]):
-        assert parse(Some, argv, default_config=path) == (Some(data="d"), None)
+        assert parse(EveryType, argv, default_config=path) == (EveryType(data="d"), None)
     other = tmp_path / "other.yaml"
     other.write_text("batch_size: 3\n")
-    assert parse(Some, [f"--config={other}"], default_config=path) == (Some(batch_size=3), other)
+    assert parse(EveryType, [f"--config={other}"], default_config=path) == (
+        EveryType(batch_size=3),
+        other,
+    )
 
 
 def test_yaml_may_leave_required_options_to_flags(tmp_path):
@@ -193,13 +217,14 @@ def test_yaml_may_leave_required_options_to_flags(tmp_path):
     assert parse(Needy, ["--config", str(path), "--source", "s"])[0] == Needy("s", 7)
 
 
-@pytest.mark.parametrize("options_class", [SSRL.Options, eval_knn.Options, eval_linear.Options])
-def test_dumped_options_read_back(tmp_path, options_class):
+@pytest.mark.parametrize("script", ["SSRL", "eval_knn", "eval_linear"])
+def test_dumped_options_read_back(tmp_path, script):
+    options_class = options_of(script)
     changed = {"seed": 3, "overwrite": True, "workers": 5, "data": "a b: c", "lr": 1e-7}
-    names = {f for f in options_class.__dataclass_fields__}
-    values = {k: v for k, v in changed.items() if k in names}
-    if options_class is eval_linear.Options:
-        values["lr"] = (1e-7, 3.0)
+    if script == "eval_linear":
+        changed["lr"] = (1e-7, 3.0)
+    known = options_class.__dataclass_fields__
+    values = {name: value for name, value in changed.items() if name in known}
     options = options_class(**values, output_dir="elsewhere")
     text = utils.dump_options(options)
     assert "output_dir" not in text and "overwrite" not in text  # a repetition deletes nothing
@@ -207,11 +232,126 @@ def test_dumped_options_read_back(tmp_path, options_class):
     assert asdict(back) == asdict(options) | {"output_dir": "", "overwrite": False}
 
 
+def test_options_left_open_are_not_dumped(tmp_path):
+    text = utils.dump_options(Bounded(epochs=3))
+    assert "mean" not in text
+    assert "k:\n- 5\n" in text
+    path = yaml_file(tmp_path, text.replace("grades: {}\n", ""))
+    assert parse(Bounded, ["--config", str(path)])[0] == Bounded(epochs=3)
+    assert "mean:\n- 0.5\n" in utils.dump_options(Bounded(mean=(0.5,)))
+
+
 @pytest.mark.parametrize("path", sorted((HERE / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configs_parse(path):
     named = re.findall(r"(\w+)\.py", path.read_text(encoding="utf-8"))
-    script = importlib.import_module(named[0] if named else "SSRL")
-    assert parse(script.Options, ["--config", str(path)])[1] == path
+    assert parse(options_of(named[0]), ["--config", str(path)])[1] == path
+
+
+# ------------------------------------------------------------------------------------------ bounds
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        {"epochs": 1},
+        {"epochs": 100_000},
+        {"epochs": np.int64(7)},
+        {"lr": 0},
+        {"lr": 0.5},
+        {"k": (1, 20)},
+        {"k": ()},
+        {"mean": (0.0, 1)},
+        {"grades": {"none": 0, "proliferative": 4}},
+    ],
+    ids=str,
+)
+def test_limits_themselves_are_allowed(allowed):
+    Bounded(**allowed)
+
+
+WHOLE = "expected a whole number from"
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        ({"epochs": 0}, f"--epochs 0: {WHOLE} 1 to 100000"),
+        ({"epochs": 100_001}, f"--epochs 100001: {WHOLE} 1 to 100000"),
+        ({"epochs": 1.5}, f"--epochs 1.5: {WHOLE} 1 to 100000"),
+        ({"epochs": "ten"}, f"--epochs ten: {WHOLE} 1 to 100000"),
+        ({"epochs": None}, f"--epochs None: {WHOLE} 1 to 100000"),
+        ({"epochs": math.nan}, f"--epochs nan: {WHOLE} 1 to 100000"),
+        ({"epochs": 10**5000}, f"--epochs with thousands of digits: {WHOLE} 1 to 100000"),
+        ({"lr": -1e-9}, "--lr -1e-09: expected a number from 0 to 0.5"),
+        ({"lr": math.inf}, "--lr inf: expected a number from 0 to 0.5"),
+        ({"lr": -math.inf}, "--lr -inf: expected a number from 0 to 0.5"),
+        ({"lr": math.nan}, "--lr nan: expected a number from 0 to 0.5"),
+        ({"lr": "fast"}, "--lr fast: expected a number from 0 to 0.5"),
+        ({"k": (5, 21)}, f"--k 21: {WHOLE} 1 to 20"),
+        ({"k": (0, 5)}, f"--k 0: {WHOLE} 1 to 20"),
+        ({"mean": (0.5, math.nan)}, "--mean nan: expected a number from 0 to 1"),
+        ({"grades": {"none": 0, "worst": 5}}, f"--grades 5: {WHOLE} 0 to 4"),
+        ({"grades": {"none": -1}}, f"--grades -1: {WHOLE} 0 to 4"),
+    ],
+    ids=lambda value: str(value)[:40] if value != {"epochs": 10**5000} else "long",
+)
+def test_numbers_outside_their_bounds_are_refused(refused, message):
+    with pytest.raises(InputError) as caught:
+        Bounded(**refused)
+    assert str(caught.value) == message
+
+
+def test_the_seed_has_the_bounds_of_32_bits():
+    RunOptions(seed=2**32 - 1)
+    with pytest.raises(InputError, match="--seed -1: expected a whole number from 0 to 4294967295"):
+        RunOptions(seed=-1)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--epochs", "1e22"],
+        ["--epochs", "inf"],
+        ["--epochs", "nan"],
+        ["--epochs=1.5"],
+        ["--epochs", "9" * 5000],
+        ["--k", "5", "1e22"],
+        ["--k", "5", "9" * 5000],
+        ["--lr", "inf"],
+        ["--lr", "nan"],
+        ["--lr", "9" * 5000],
+        ["--mean", "0.5", "fast"],
+        ["--grades", "none", "0", "worst", "1e22"],
+    ],
+    ids=lambda argv: " ".join(argv)[:30],
+)
+def test_numbers_that_are_none_are_refused_with_flag_and_limits(tmp_path, argv):
+    limits = {"epochs": "1 to 100000", "k": "1 to 20", "lr": "0 to 0.5", "mean": "0 to 1"}
+    limits["grades"] = "0 to 4"
+    name = argv[0].partition("=")[0].removeprefix("--")
+    message, code = refusal(Bounded, argv)
+    assert code == 2
+    assert message.count(f"--{name} ") == 1
+    assert f"number from {limits[name]}" in message
+    assert len(message) < 400 and "Traceback" not in message
+
+    values = " ".join(argv).partition(" ")[2].split() or argv[0].split("=")[1:]
+    if name != "grades":  # what is in a file is read by the same parser
+        path = yaml_file(tmp_path, f"{name}: [{', '.join(values)}]\n")
+        message, code = refusal(Bounded, ["--config", path])
+        assert code == 2
+        assert f"number from {limits[name]}" in message and "options.yaml" in message
+
+
+def test_numbers_without_bounds_are_numbers_all_the_same():
+    assert refusal(Needy, ["--source", "s", "--size", "1e22"]) == (
+        "--size 1e22: expected a whole number",
+        2,
+    )
+    assert refusal(Needy, ["--source", "s", "--speed", "fast"]) == (
+        "--speed fast: expected a number",
+        2,
+    )
 
 
 # ------------------------------------------------------------------------------ options of training
@@ -223,8 +363,7 @@ def test_configs_parse(path):
         {"epochs": 0},
         {"batch_size": 0},
         {"log_every": 0},
-        {"patch_size": 0},
-        {"patch_size": 15},
+        {"patch_size": -1},
         {"seed": -1},
         {"rotation": -5.0},
         {"local_crops_number": -1},
@@ -241,7 +380,7 @@ def test_configs_parse(path):
 )
 def test_training_options_out_of_range(changed):
     with pytest.raises(InputError, match="--" + next(iter(changed)).replace("_", "-")):
-        SSRL.Options(**changed)
+        options_of("SSRL")(**changed)
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -289,14 +428,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is asked")
 def test_freed_memory_is_used_again():
     """Page faults of 50 arrays of 40 MB; a child of a process that keeps memory keeps it, too."""
-    faults, environment = {}, child_environment(PYTHONPATH=str(HERE))
-    environment = {k: v for k, v in environment.items() if not k.startswith("MALLOC_")}
-    kept = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
-    for name, also in (("given back", {}), ("kept", {}), ("child", kept)):
+    environment = child_environment(PYTHONPATH=str(HERE))
+    for name in list(environment):
+        if name.startswith("MALLOC_"):
+            del environment[name]
+    inherited = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
+    faults = {}
+    for name, changed in (("given back", {}), ("kept", {}), ("child", inherited)):
         command = [sys.executable, "-c", FAULTS, name]
-        done = subprocess.run(command, env=environment | also, capture_output=True, check=True)
+        done = subprocess.run(command, env=environment | changed, capture_output=True, check=True)
         faults[name] = int(done.stdout)
-    assert faults["given back"] > 900 > 10 * max(faults["kept"], faults["child"]), faults
+    assert faults["given back"] > 900, faults
+    assert max(faults["kept"], faults["child"]) < 90, faults
 
 
 def test_children_are_told_to_keep_memory(monkeypatch):
@@ -315,9 +458,9 @@ import utils
 @dataclass
 class Options(utils.RunOptions):
     kind: str = ""
-def main(o, config):
-    if o.kind:
-        raise getattr(utils, o.kind, ZeroDivisionError)("the reason")
+def main(options, config):
+    if options.kind:
+        raise getattr(utils, options.kind, ZeroDivisionError)("the reason")
 utils.run_main(main, Options)
 """
 
@@ -327,7 +470,9 @@ utils.run_main(main, Options)
     [("", 0), ("InputError", 2), ("Diverged", 3), ("Stopped", 75), ("Bug", 1), ("--bad", 2)],
 )
 def test_exit_codes(kind, code):
-    argv = [kind] if kind == "--bad" else ["--kind", kind] if kind else []
+    argv = ["--kind", kind]
+    if kind == "--bad":
+        argv = ["--bad"]
     command = [sys.executable, "-c", SCRIPT, *argv]
     environment = child_environment(PYTHONPATH=str(HERE))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -339,8 +484,9 @@ def test_exit_codes(kind, code):
 
 @pytest.mark.parametrize("by", ["flag", "file"])
 def test_debug_shows_the_traceback(by, tmp_path):
-    (tmp_path / "o.yaml").write_text("debug: true\n")
-    flags = ["--debug"] if by == "flag" else ["--config", str(tmp_path / "o.yaml")]
+    flags = ["--debug"]
+    if by == "file":
+        flags = ["--config", str(yaml_file(tmp_path, "debug: true\n"))]
     command = [sys.executable, "-c", SCRIPT, "--kind", "InputError", *flags]
     environment = child_environment(PYTHONPATH=str(HERE))
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -379,29 +525,3 @@ def test_linear_schedule_equals_numpy():
     values = [linear_schedule(int(step), 8, 0.04, 0.07) for step in steps]
     np.testing.assert_allclose(values, np.interp(steps, [0, 8], [0.04, 0.07]), rtol=1e-12)
     assert linear_schedule(0, 0, 0.04, 0.07) == 0.07
-
-
-# ---------------------------------------------------------------------------------------- progress
-
-
-def test_progress_writes_json_lines(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    progress = run_folder.Progress(tmp_path, 2, 6, 8, main=True)
-    for step, loss in ((3, 4.0), (4, 2.0), (5, 7.0)):
-        measured = {"step": step, "loss": torch.tensor(loss), "lr": 0.1, "waited": 0.0}
-        spread = {"teacher_entropy": 0.5, "marginal_entropy": 0.6}
-        progress.update(measured | (spread if step == 4 else {}), step / 2)
-    progress.record({"rankme": 3.5})
-    progress.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [4, 5]
-    assert lines[0]["loss"] == 2.0 and lines[0]["epoch"] == 2.0 and lines[0]["lr"] == 0.1
-    assert lines[0]["images_per_s"] > 0 and lines[0]["data_wait"] == 0
-    assert lines[1] == {"step": 5, "rankme": 3.5}
-
-
-def test_only_the_main_process_writes(tmp_path):
-    progress = run_folder.Progress(tmp_path, 0, 6, 8, main=False)
-    progress.record({"rankme": 3.5})
-    progress.close()
-    assert not list(tmp_path.iterdir())
