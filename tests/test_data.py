@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 import utils
-from augment import MultiCrop, WholeView
+from augment import MultiCrop, MultiCropOptions, WholeView
 from data import PhotographDataset, StepSampler, training_loader
 from devices import Processes
 from fundus import copies, photographs
@@ -23,7 +23,7 @@ from fundus.photographs import find_fundus, open_photograph, pad_square
 from utils import InputError
 
 CPU = torch.device("cpu")
-CROPS = MultiCrop(global_crop_size=32, local_crop_size=16, local_crops_number=2)
+CROPS = MultiCrop(MultiCropOptions(global_crop_size=32, local_crop_size=16, local_crops_number=2))
 
 
 def steps(images, batch, accumulate, world, start, stop, seed=0):
@@ -145,7 +145,7 @@ def test_a_photograph_is_decoded_no_larger_than_crops_need(tmp_path):
     picture = (np.stack(waves, axis=2) * inside[..., None]).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95, subsampling=0)
     records = [Record("a.jpg", None, "a", "", "train")]
-    views = {"crops": MultiCrop(), "whole": WholeView(224)}
+    views = {"crops": MultiCrop(MultiCropOptions()), "whole": WholeView(224)}
     for prepared in (True, False):
         manifest = Manifest(tmp_path, tuple(records), prepared, "test")
         sets = {n: PhotographDataset(manifest, records, v) for n, v in views.items()}
@@ -156,10 +156,11 @@ def test_a_photograph_is_decoded_no_larger_than_crops_need(tmp_path):
             fundus = open_photograph(tmp_path / "a.jpg")[top:bottom, left:right]
             assert np.array_equal(small, pad_square(fundus)) and small.shape[0] > 960
             continue
-        assert small.shape[0] == 512 >= MultiCrop().min_side
+        assert small.shape[0] == 512 >= MultiCrop(MultiCropOptions()).min_side
         for key in range(5):  # each side's crops of one window
             found, expected = (
-                MultiCrop()(torch.from_numpy(a).permute(2, 0, 1), (key,)) for a in (small, whole)
+                MultiCrop(MultiCropOptions())(torch.from_numpy(a).permute(2, 0, 1), (key,))
+                for a in (small, whole)
             )
             for name in ("global", "local"):
                 error = found[name].float() - expected[name].float()
