@@ -1,7 +1,9 @@
 """Bring one fundus photograph in: decode it safely, find the fundus, crop it to a square, resize.
 
-`load_photograph` does it all and is the only way in for a raw photograph, so that preparing,
-training, evaluation and attention maps see the same picture. Needs only numpy and Pillow.
+`load_photograph` does all of it and is the only way in for a raw photograph, so that preparing,
+training, evaluation and attention maps see the same picture. Only numpy and Pillow are needed.
+
+Shapes: H and W are the height and width of an image.
 """
 
 import contextlib
@@ -12,33 +14,44 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from fundus.field_of_view import Box, find_field_of_view
+
+FilePath = str | os.PathLike[str]
+
+# Limits for the memory that a photograph takes: of its file, and of what is decoded from it.
 MAX_BYTES = 100_000_000
-MAX_SIDE, MAX_PIXELS = 8192, 50_000_000  # of a photograph, for the memory that it takes
-MIN_SIDE = 64  # of a raw photograph; below it there is no fundus to grade
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # and no others: EPS would run a program
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"RIFF", b"BM")
-JPEG, END_OF_JPEG = b"\xff\xd8\xff", b"\xff\xd9"
+MAX_SIDE = 8192
+MAX_PIXELS = 50_000_000
 
-T = Image.Transpose
-TURNS = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE)
-TURNS = dict(
-    enumerate((*TURNS, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90), 2)
-)  # EXIF: what undoes it
+# Shortest side of a raw photograph; below it there is no fundus to grade.
+MIN_SIDE = 64
+
+# No others, because Pillow would start a program (Ghostscript) to read EPS.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+
+# How files of these formats begin, TIFF's in either byte order.
+JPEG_START = b"\xff\xd8\xff"
+FILE_STARTS = (JPEG_START, b"\x89PNG", b"II*\0", b"MM\0*", b"RIFF", b"BM")
+JPEG_END = b"\xff\xd9"
+
+# EXIF's tag for how the camera was held, and what undoes each of its values; 1 is upright.
+ORIENTATION_TAG = 0x0112
+UPRIGHT_BY = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (5, 6, 7, 8)  # those that swap width and height
 
 
 class PhotographError(ValueError):
     """A photograph that cannot be used: the reason, without the file's name."""
-
-
-class Box(NamedTuple):
-    """Half-open pixel rectangle within an image."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
 
 
 class Photograph(NamedTuple):
@@ -51,283 +64,266 @@ class Photograph(NamedTuple):
     height: int
 
 
-def open_photograph(
-    path, *, min_side: int | None = None, allow_truncated: bool = False
+def load_photograph(
+    path: FilePath, size: int = 512, *, allow_truncated: bool = False, exact: bool = True
 ) -> np.ndarray:
-    """Decode a photograph to uint8 RGB (H, W, 3), upright; PhotographError says why it cannot be.
+    """Return a photograph cropped to the fundus and padded to a square: uint8 RGB (size, size, 3).
+
+    Every raw photograph comes in through here. Where it need not be `exact`, the side is what
+    decoding gave, at least `size` where the source has it. Raises PhotographError with the reason.
+    """
+    photograph = read_photograph(path, size, allow_truncated=allow_truncated, exact=exact)
+    return photograph.picture
+
+
+def read_photograph(
+    path: FilePath,
+    size: int = 512,
+    *,
+    allow_truncated: bool = False,
+    keep_aspect: bool = False,
+    exact: bool = True,
+) -> Photograph:
+    """Return what `load_photograph` does, with the fundus' box and the source's width and height.
+
+    `keep_aspect` leaves the padding to a square to the reader. Where it need not be `exact`, the
+    fundus stays as large as it was decoded, padded to a square, for a reader who resizes it: at
+    least `size`, unless the source is smaller. Raises PhotographError with the reason.
+    """
+    # A JPEG takes less time when it is decoded at a fraction of its size. The fundus must not come
+    # out smaller than `size`, and how large it is shows only after decoding.
+    for min_side in (size, 2 * size, None):
+        image, (width, height) = _decode(path, min_side, allow_truncated=allow_truncated)
+        if min(width, height) < MIN_SIDE:
+            raise PhotographError(f"is only {width} x {height} pixels; each side needs {MIN_SIDE}")
+        field = find_field_of_view(image)
+        box = field or _whole(image)
+        has_all_pixels = image.shape[1] == width
+        if has_all_pixels or max(box.width, box.height) >= size:
+            break
+
+    if not exact:
+        picture = pad_square(box.cut(image))
+    elif keep_aspect:
+        picture = crop_aspect(image, box, size)
+    else:
+        picture = crop_square(image, box, size)
+
+    x_scale = width / image.shape[1]
+    y_scale = height / image.shape[0]
+    source_box = Box(
+        left=round(box.left * x_scale),
+        top=round(box.top * y_scale),
+        right=round(box.right * x_scale),
+        bottom=round(box.bottom * y_scale),
+    )
+    return Photograph(picture, source_box, field is None, width, height)
+
+
+def open_photograph(
+    path: FilePath, *, min_side: int | None = None, allow_truncated: bool = False
+) -> np.ndarray:
+    """Decode a photograph and return it upright, as uint8 RGB (H, W, 3).
 
     16 bits are scaled to 8, transparency is laid on black, every other mode is converted. With
-    `min_side` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while its shorter side keeps
-    `min_side` pixels. `allow_truncated` takes what there is of a cut-off JPEG; the rest is grey.
+    `min_side` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side
+    keeps `min_side` pixels. `allow_truncated` takes what there is of a cut-off JPEG; the rest is
+    grey. Raises PhotographError with the reason.
     """
-    return _decode(path, min_side, allow_truncated)[0]
+    return _decode(path, min_side, allow_truncated=allow_truncated)[0]
 
 
 def find_fundus(image: np.ndarray) -> Box:
-    """The bounding box of the fundus in an RGB image, uint8 (H, W, 3).
+    """Return the bounding box of the fundus in an RGB image, uint8 (H, W, 3).
 
     The fundus is the largest disc, perhaps cut off, that is brighter than its surround. Where there
     is none the box is the whole image: a loose crop loses resolution, a wrong one loses lesions.
     """
-    return _fundus_box(image) or Box(0, 0, image.shape[1], image.shape[0])
+    return find_field_of_view(image) or _whole(image)
 
 
 def pad_square(image: np.ndarray) -> np.ndarray:
-    """Pad uint8 (H, W[, 3]) with black to a square, the image in its middle."""
+    """Return uint8 (H, W[, 3]) padded with black to a square, the image in its middle."""
     height, width = image.shape[:2]
     if height == width:
         return image
+
     side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
+    top = (side - height) // 2
+    left = (side - width) // 2
     square = np.zeros((side, side, *image.shape[2:]), dtype=image.dtype)
     square[top : top + height, left : left + width] = image
     return square
 
 
 def crop_square(
-    image: np.ndarray, box: Box, size: int, resample: int = Image.Resampling.LANCZOS
+    image: np.ndarray, box: Box, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> np.ndarray:
-    """Crop `box`, pad it with black to a square with the fundus in its middle, resize to `size`.
+    """Return the box, padded with black to a square and resized: uint8 (size, size[, 3]).
 
-    Takes uint8 (H, W[, 3]), gives uint8 (size, size[, 3]). LANCZOS is antialiased and keeps
-    microaneurysms; masks want `Image.Resampling.NEAREST` or `BOX`.
+    The fundus is in the middle of the square. `image` is uint8 (H, W[, 3]). LANCZOS is antialiased
+    and keeps microaneurysms; masks want `Image.Resampling.NEAREST` or `BOX`.
     """
-    square = pad_square(image[box.top : box.bottom, box.left : box.right])
-    return np.array(Image.fromarray(square).resize((size, size), resample))
+    square = Image.fromarray(pad_square(box.cut(image)))
+    return np.array(square.resize((size, size), resample))
 
 
 def crop_aspect(image: np.ndarray, box: Box, size: int) -> np.ndarray:
-    """Crop `box` and resize its longer side to `size`; the other one follows."""
-    crop = Image.fromarray(image[box.top : box.bottom, box.left : box.right])
-    sides = (max(1, round(side * size / max(crop.size))) for side in crop.size)
-    return np.array(crop.resize(tuple(sides), Image.Resampling.LANCZOS))
+    """Return the box with its longer side resized to `size` pixels; the other one follows."""
+    crop = Image.fromarray(box.cut(image))
+    longer = max(crop.size)
+    width = max(1, round(crop.width * size / longer))
+    height = max(1, round(crop.height * size / longer))
+    return np.array(crop.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def subtract_local_mean(picture: np.ndarray) -> np.ndarray:
     """Return 4 (picture - its local mean) + 128 within the fundus, 128 outside; uint8, same shape.
 
-    It takes illumination and pigmentation away and brings lesions and vessels out. The mean is
-    Gaussian with sigma of a 30th of the fundus' radius, over the fundus alone, so that its rim is
-    no edge. After B. Graham, winner of Kaggle's competition on EyePACS, 2015.
+    `picture` is uint8 RGB (H, W, 3), cropped to the fundus. What is lost is illumination and
+    pigmentation; lesions and vessels stand out. The mean is Gaussian with sigma of a 30th of the
+    fundus' radius. After B. Graham, winner of Kaggle's competition on EyePACS, 2015.
     """
-    inside = (picture.max(axis=2, keepdims=True) > 12).astype(np.float32)
+    # JPEG leaves some noise in the black surround.
+    inside = (picture.max(axis=2, keepdims=True) > 12).astype(np.float32)  # (H, W, 1)
+
     sigma = max(picture.shape) / 2 / 30
-    reach = np.arange(-round(3 * sigma), round(3 * sigma) + 1)
-    kernel = np.exp(-(reach**2) / (2 * sigma**2), dtype=np.float32)
-    values = np.concatenate([picture * inside, inside], axis=2)
+    reach = round(3 * sigma)  # beyond three sigmas a Gaussian has 0.3 % of its weight
+    offsets = np.arange(-reach, reach + 1)
+    kernel = np.exp(-(offsets**2) / (2 * sigma**2), dtype=np.float32)
+
+    # The last plane is blurred as well and counts the weight that fell on the fundus. Divided by
+    # it, the mean is that of the fundus alone, and the rim is no edge.
+    planes = np.concatenate([picture * inside, inside], axis=2)  # (H, W, 4)
     for axis in (0, 1):
-        pad = [(len(reach) // 2,) * 2 if a == axis else (0, 0) for a in range(3)]
-        padded, values = np.pad(values, pad), np.zeros_like(values)
+        padding = [(0, 0), (0, 0), (0, 0)]
+        padding[axis] = (reach, reach)
+        padded = np.pad(planes, padding)
+        planes = np.zeros_like(planes)
         for start, weight in enumerate(kernel):
-            values += weight * padded.take(range(start, start + values.shape[axis]), axis)
-    mean = values[..., :3] / np.maximum(values[..., 3:], 1e-6)
+            planes += weight * padded.take(range(start, start + planes.shape[axis]), axis)
+    mean = planes[..., :3] / np.maximum(planes[..., 3:], 1e-6)
+
+    # The half is there because the conversion to whole numbers rounds down.
     return np.clip(4 * (picture - mean) * inside + 128.5, 0, 255).astype(np.uint8)
 
 
-def read_photograph(
-    path,
-    size: int = 512,
-    allow_truncated: bool = False,
-    keep_aspect: bool = False,
-    exact: bool = True,
-) -> Photograph:
-    """As `load_photograph`, with the fundus's box and the source's width and height.
-
-    `keep_aspect` leaves the padding to a square to the reader. Not `exact`, the fundus stays as
-    large as it was decoded: at least `size`, unless the source is smaller, for who resizes it.
-    """
-    # JPEG's own scaling saves time. It is fine as long as the fundus still has to be made smaller.
-    for min_side in (size, 2 * size, None):
-        image, width, height = _decode(path, min_side, allow_truncated)
-        if min(width, height) < MIN_SIDE:
-            raise PhotographError(f"is only {width} x {height} pixels; each side needs {MIN_SIDE}")
-        found = _fundus_box(image)
-        box = found or Box(0, 0, image.shape[1], image.shape[0])
-        if image.shape[1] == width or max(box.right - box.left, box.bottom - box.top) >= size:
-            break
-    if exact:
-        picture = (crop_aspect if keep_aspect else crop_square)(image, box, size)
-    else:
-        picture = pad_square(image[box.top : box.bottom, box.left : box.right])
-    x, y = width / image.shape[1], height / image.shape[0]
-    box = Box(*(round(at * scale) for at, scale in zip(box, (x, y, x, y), strict=True)))
-    return Photograph(picture, box, found is None, width, height)
+def _whole(image: np.ndarray) -> Box:
+    """Return the box that holds all of an image."""
+    return Box(left=0, top=0, right=image.shape[1], bottom=image.shape[0])
 
 
-def load_photograph(
-    path, size: int = 512, allow_truncated: bool = False, *, exact: bool = True
-) -> np.ndarray:
-    """Decode, crop to the fundus, pad to a square, resize: uint8 RGB (size, size, 3).
-
-    Every raw photograph comes in through here. Not `exact`, the side is what decoding gave, at
-    least `size` where the source has it. Raises PhotographError with the reason.
-    """
-    return read_photograph(path, size, allow_truncated, exact=exact).picture
+# ------------------------------------------------------------------------------------------- decode
 
 
-def _decode(path, min_side: int | None, allow_truncated: bool) -> tuple[np.ndarray, int, int]:
-    """Pixels (H, W, 3) uint8, perhaps scaled down, and the full width and height, all upright."""
+def _decode(
+    path: FilePath, min_side: int | None, *, allow_truncated: bool
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return what `open_photograph` does, and the full width and height of the photograph."""
     data = _read_bytes(path)
-    if allow_truncated and data.startswith(JPEG):
-        data += END_OF_JPEG  # the decoder then fills what is missing and does not complain
+    is_jpeg = data.startswith(JPEG_START)
+    if is_jpeg and allow_truncated:
+        # The decoder finds an end, fills what is missing before it and does not complain.
+        data += JPEG_END
+
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken metadata, large sizes: not worth a line each
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                    raise Image.DecompressionBombError
-                if min_side is not None:
-                    image.draft(None, (min_side, min_side))
-                scaled = image.size != (width, height)
-                image.load()
-                orientation = None
-                with contextlib.suppress(Exception):  # bad metadata must not cost the photograph
-                    orientation = image.getexif().get(0x0112)  # TIFF's reader has obeyed it by now
-                image = _to_rgb(image)
+            # Pillow warns of broken metadata and of large sizes; neither is worth a line each.
+            warnings.simplefilter("ignore")
+            image, full_size = _decode_bytes(data, min_side)
     except Exception as error:  # damaged bytes make decoders raise almost anything
         raise PhotographError(_reason(error, data)) from None
-    if orientation in TURNS:
-        image = image.transpose(TURNS[orientation])
-    if not scaled:
-        width, height = image.size
-    elif orientation in (5, 6, 7, 8):  # the photograph lay on its side
-        width, height = height, width
+
+    # Some cut-off files decode without complaint. What a JPEG lacks at its end comes out as even
+    # grey (128); a photograph that lies on such a grey has it at its top, too.
     pixels = np.array(image)
-    # What a JPEG lacks at its end is decoded as even grey; a picture on grey has it above, too.
     lacks_end = (pixels[-1] == 128).all() and (pixels[0] != 128).any()
-    if lacks_end and data.startswith(JPEG) and not allow_truncated:
-        raise PhotographError(_reason(ValueError("its end is missing"), data))
-    return pixels, width, height
+    if is_jpeg and lacks_end and not allow_truncated:
+        raise PhotographError(_damaged("its end is missing"))
+    return pixels, full_size
 
 
-def _read_bytes(path) -> bytes:
+def _read_bytes(path: FilePath) -> bytes:
+    """Return the bytes of a file; PhotographError if it is none, empty or too large."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        # Opening a pipe would wait for somebody to write into it.
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise PhotographError("is no file")
         with open(path, "rb") as file:
-            data = file.read() if os.fstat(file.fileno()).st_size <= MAX_BYTES else None
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise PhotographError(f"has over {MAX_BYTES // 10**6} MB")
+            data = file.read()
     except OSError as error:
         raise PhotographError(f"cannot be read ({error.strerror or error})") from None
+
     if not data:
-        raise PhotographError(f"has over {MAX_BYTES // 10**6} MB" if data is None else "is empty")
+        raise PhotographError("is empty")
     return data
 
 
+def _decode_bytes(data: bytes, min_side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """Return an RGB image, perhaps scaled down, and its full width and height, all upright."""
+    orientation = None
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        # So far only the header was read: a small file can hold an image that fills the memory.
+        if file.width * file.height > MAX_PIXELS or max(file.size) > MAX_SIDE:
+            raise Image.DecompressionBombError
+
+        stored_size = file.size
+        if min_side is not None:
+            file.draft(None, (min_side, min_side))
+        is_scaled = file.size != stored_size
+        file.load()
+
+        # Bad metadata must not cost the photograph. TIFF's reader has turned the image already,
+        # and has taken the tag away.
+        with contextlib.suppress(Exception):
+            orientation = file.getexif().get(ORIENTATION_TAG)
+        image = _to_rgb(file)
+
+    if orientation in UPRIGHT_BY:
+        image = image.transpose(UPRIGHT_BY[orientation])
+    if not is_scaled:
+        return image, image.size
+    if orientation in SIDEWAYS:
+        return image, stored_size[::-1]
+    return image, stored_size
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # 16 bits, or 32 that hold 16; convert() would clip them
+    """Return an image of any mode as RGB, 16 bits scaled to 8 and transparency laid on black."""
+    if image.mode.startswith(("I", "F")):
+        # These are 16 bits, or 32 bits that hold 16. Pillow's convert() would clip them at 255.
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise PhotographError("has 32-bit pixels of unknown range; save it with 8 bits")
-        image = Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
+        rounded = (values.astype(np.int32) + 128) // 257  # 65535 = 257 x 255
+        image = Image.fromarray(rounded.astype(np.uint8))
     elif image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+
+    if image.mode == "RGB":
+        return image
+    return image.convert("RGB")
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    """Why these bytes were refused, in the reader's terms."""
+    """Return why these bytes were refused, in the reader's terms."""
     if isinstance(error, PhotographError):
         return str(error)
     if isinstance(error, Image.DecompressionBombError):
         return f"has over {MAX_PIXELS // 10**6} million pixels, or over {MAX_SIDE} on a side"
-    if not isinstance(error, UnidentifiedImageError) or data.startswith(MAGIC):
-        reason = "header" if isinstance(error, UnidentifiedImageError) else str(error) or "no data"
-        return f"is damaged or cut off ({reason}): copy or download it again"
-    page = data[:200].lstrip().startswith((b"<", b"{"))
-    return "is a web page, not a photograph" if page else f"is none of {', '.join(FORMATS)}"
+    if not isinstance(error, UnidentifiedImageError):
+        return _damaged(str(error) or "no data")
+    if data.startswith(FILE_STARTS):
+        return _damaged("header")
+    if data[:200].lstrip().startswith((b"<", b"{")):
+        # A download without a login answers with HTML or JSON under the photograph's name.
+        return "is a web page, not a photograph"
+    return f"is none of {', '.join(FORMATS)}"
 
 
-def _fundus_box(image: np.ndarray) -> Box | None:
-    """As find_fundus, None if in doubt."""
-    factor = max(1, max(image.shape) // 256)
-    red, green, blue = np.moveaxis(np.asarray(Image.fromarray(image).reduce(factor)), 2, 0)
-    light = _median(np.maximum(np.maximum(red, green), blue))
-    h, w = (max(1, side // 16) for side in light.shape)
-    corners = [light[:h, :w], light[:h, -w:], light[-h:, :w], light[-h:, -w:]]
-    # The darkest two: a stamp, a label or a light leak may sit in the others.
-    dark = np.sort([np.median(corner) for corner in corners])[:2].mean()
-    if dark > 64:  # photographs lie on black; on grey the rim is not where the brightness ends
-        return None
-    bright = light[light > dark + 10]
-    if bright.size < 0.05 * light.size:
-        return None
-    contrast = np.median(bright) - dark
-    # Scattered light around the disc wants a high level, a fundus half in shadow a low one.
-    for level in (max(5, 0.12 * contrast), max(4, 0.06 * contrast), 3):
-        left, top, right, bottom = _disc(light > dark + level)
-        sides = right - left, bottom - top
-        if min(sides) >= max(0.4 * min(light.shape), 0.6 * max(sides)):
-            end = min(right * factor, image.shape[1]), min(bottom * factor, image.shape[0])
-            return Box(left * factor, top * factor, *end)
-    return None
-
-
-def _median(light: np.ndarray) -> np.ndarray:
-    """The median of 3 x 3 pixels, (h, w) with edges repeated: Pillow's, at a tenth of its time.
-
-    Of three sorted triples it is the median of the largest low, the median middle, the least high.
-    """
-    rows = np.pad(light, 1, "edge")
-    triples = _sort(rows[:-2], rows[1:-1], rows[2:])
-    low, middle, high = (_sort(x[:, :-2], x[:, 1:-1], x[:, 2:]) for x in triples)
-    return _sort(low[2], middle[1], high[0])[1]
-
-
-def _sort(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Three arrays, sorted element by element."""
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    return np.minimum(low, c), np.maximum(low, np.minimum(high, c)), np.maximum(high, c)
-
-
-def _disc(mask: np.ndarray) -> Box:
-    """The box of the largest region of a bool mask (h, w) if it is a disc, perhaps cut off."""
-    # Opening takes away letters and bridges to stamps: all of 7 x 7, then any of 7 x 7.
-    window = ImageFilter.BoxBlur(3)
-    inner = np.asarray(Image.fromarray(mask).convert("L").filter(window)) == 255
-    mask = _largest_region(np.asarray(Image.fromarray(inner).convert("L").filter(window)) > 0)
-    (top, bottom), (left, right) = _extent(mask.sum(axis=1)), _extent(mask.sum(axis=0))
-    y, x = (np.arange(n) - (n - 1) / 2 for n in (bottom - top, right - left))
-    disc = x**2 + y[:, None] ** 2 <= max(len(x), len(y)) ** 2 / 4
-    mask = (_hull(mask) & _hull(mask.T).T)[top:bottom, left:right]  # shadows inside do not count
-    # A panel or a label fills the corners of its box as well.
-    corners = mask[~disc].sum() / max(1, (~disc).sum())
-    is_disc = disc.any() and mask[disc].mean() > 0.95 and corners < 0.7
-    return Box(left, top, right, bottom) if is_disc else Box(0, 0, 0, 0)
-
-
-def _largest_region(mask: np.ndarray) -> np.ndarray:
-    """The largest 4-connected region of a bool mask (h, w)."""
-    best, left = np.zeros_like(mask), mask
-    while left.sum() > best.sum():
-        region, size = np.zeros_like(mask), 0
-        row = left.sum(axis=1).argmax()  # from a long line it takes few rounds
-        region[row, left[row].argmax()] = True
-        while size < (size := int(region.sum())):
-            region = _fill_runs(_fill_runs(region, left).T, left.T).T
-        left = left & ~region
-        best = max(best, region, key=np.sum)
-    return best
-
-
-def _fill_runs(seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """All horizontal runs of `mask` that hold a seed."""
-    gaps = np.pad(~mask, ((0, 0), (0, 1)), constant_values=True)  # one after each line
-    run = np.cumsum(gaps, dtype=np.int32).reshape(gaps.shape)[:, :-1]  # gaps before it number it
-    hit = np.zeros(run.max() + 1, dtype=bool)
-    hit[run[seeds]] = True
-    return hit[run] & mask
-
-
-def _hull(mask: np.ndarray) -> np.ndarray:
-    """Each line of `mask` filled from its first to its last pixel."""
-    either = np.logical_or.accumulate
-    return either(mask, axis=1) & either(mask[:, ::-1], axis=1)[:, ::-1]
-
-
-def _extent(counts: np.ndarray) -> tuple[int, int]:
-    """First and last + 1 line of a region, given its pixels per line; thin ends do not count."""
-    # A chord of 0.15 diameters lies 0.6 % inside the rim; the notch of a camera is shorter.
-    lines = np.flatnonzero(counts > 0.15 * counts.max()).tolist()
-    return (lines[0], lines[-1] + 1) if lines else (0, 0)
+def _damaged(detail: str) -> str:
+    """Return the reason of a file whose bytes are not what they were."""
+    return f"is damaged or cut off ({detail}): copy or download it again"
