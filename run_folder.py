@@ -28,6 +28,20 @@ from devices import Processes
 from utils import HERE, InputError, dump_options, log, plain_options, write_atomic
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
+SECONDS_BETWEEN_LINES = 30
+# What a training shows on its bar or lines; its log holds more.
+SHOWN = (
+    "epoch",
+    "loss",
+    "lr",
+    "images_per_s",
+    "data_wait",
+    "memory_gb",
+    "rankme",
+    "knn_accuracy",
+    "knn_majority",
+    "knn_qwk",
+)
 START_ANEW = "give another --output-dir, or --overwrite to start anew in it"
 
 
@@ -107,15 +121,14 @@ class RunFolder:
 
         Raises InputError when the folder holds something but no run: naming it is a mistake then.
         """
+        is_run = (self.path / "config.yaml").is_file() and (self.path / "log.jsonl").is_file()
         with processes.main_first():
-            if not processes.is_main or not self.path.is_dir():
-                return
-            is_run = (self.path / "config.yaml").is_file() and (self.path / "log.jsonl").is_file()
-            if any(self.path.iterdir()) and not is_run:
-                raise InputError(
-                    f"--overwrite: {self.path} holds no run (config.yaml); name another"
-                )
-            shutil.rmtree(self.path)
+            if processes.is_main and self.path.is_dir():
+                if any(self.path.iterdir()) and not is_run:
+                    raise InputError(
+                        f"--overwrite: {self.path} holds no run (config.yaml); name another"
+                    )
+                shutil.rmtree(self.path)
 
     def find_checkpoint(
         self, options: Any, fingerprint: str, resumable: Sequence[str], processes: Processes
@@ -127,32 +140,46 @@ class RunFolder:
         or photographs, a run without its checkpoint, or when not all processes see the same file.
         """
         file = self.path / "checkpoint.pth"
-        checkpoint = None
-        step = -1
         if file.is_file():
             checkpoint = load_torch(file)
-            step = checkpoint["step"]
-            # a run from before an option existed ran as the option's default does
-            old = _defaults(options) | checkpoint["options"]
-            changed = _list_changes(_as_lists(old), _run_options(options, processes), resumable)
-            if fingerprint != checkpoint["data"]:
-                changed["data"] = "other photographs, grades or splits"
-            elif changed.pop("data", None):
-                log.info("resume: the same data at %s", options.data)
-            if options.resume == "never":
-                changed["resume"] = "never, and a run is there"
-            if changed:
-                listed = "; ".join(f"{name}: {change}" for name, change in changed.items())
-                raise InputError(f"{self.path} holds another run ({listed}); {START_ANEW}")
-        processes.agree(step, f"the step of {file}")
-        if checkpoint is None:
-            _, later = split_log(self.path / "log.jsonl", 0)
-            if later:  # steps were taken, and starting over would hide that they are lost
-                raise InputError(
-                    f"{self.path} holds a run without its checkpoint.pth, which it needs to go on; "
-                    f"{START_ANEW}"
-                )
-        return checkpoint
+            self._check_same_run(checkpoint, options, fingerprint, resumable, processes)
+            processes.agree(checkpoint["step"], f"the step of {file}")
+            return checkpoint
+
+        # Another process may see a checkpoint: then the folder is not shared.
+        processes.agree(-1, f"the step of {file}")
+        # The log may tell of steps whose state is lost. Starting over would hide that.
+        _, later = split_log(self.path / "log.jsonl", 0)
+        if later:
+            raise InputError(
+                f"{self.path} holds a run without its checkpoint.pth, which it needs to go on; "
+                f"{START_ANEW}"
+            )
+        return None
+
+    def _check_same_run(
+        self,
+        checkpoint: dict[str, Any],
+        options: Any,
+        fingerprint: str,
+        resumable: Sequence[str],
+        processes: Processes,
+    ) -> None:
+        """Raise InputError when the checkpoint's run differs in what must not differ."""
+        # A run from before an option existed ran as the option's default does.
+        old = _as_lists(_defaults(options) | checkpoint["options"])
+        changed = _list_changes(old, _run_options(options, processes), resumable)
+
+        # Photographs count by what they are, not by where they lie.
+        if fingerprint != checkpoint["data"]:
+            changed["data"] = "other photographs, grades or splits"
+        elif changed.pop("data", None):
+            log.info("resume: the same data at %s", options.data)
+        if options.resume == "never":
+            changed["resume"] = "never, and a run is there"
+        if changed:
+            listed = "; ".join(f"{name}: {change}" for name, change in changed.items())
+            raise InputError(f"{self.path} holds another run ({listed}); {START_ANEW}")
 
     def begin(
         self,
@@ -169,19 +196,22 @@ class RunFolder:
         self.fingerprint = fingerprint
         self.options = _run_options(options, processes)
         if checkpoint:
+            # An option that is left open goes on as it began.
             for name, value in self.options.items():
-                if value == []:  # left open: the run goes on with what it began with
+                if value == []:
                     self.options[name] = checkpoint["options"].get(name, value)
         if not processes.is_main:
             return
 
-        record = self.path / "log.jsonl"
+        # The steps after the checkpoint will be taken, and logged, again.
+        log_file = self.path / "log.jsonl"
         kept = ""
         if checkpoint:
-            kept, _ = split_log(record, checkpoint["step"])
-        if record.is_file() and record.read_text("utf-8") != kept:
-            write_atomic(record, lambda temporary: temporary.write_text(kept, "utf-8"))
+            kept, _ = split_log(log_file, checkpoint["step"])
+        if log_file.is_file() and log_file.read_text("utf-8") != kept:
+            write_atomic(log_file, lambda temporary: temporary.write_text(kept, "utf-8"))
 
+        # A resumed run may have more epochs or other workers than config.yaml says.
         config = self.path / "config.yaml"
         text = dump_options(options)
         if not config.is_file() or config.read_text("utf-8") != text:
@@ -191,22 +221,6 @@ class RunFolder:
             first = {"command": sys.argv, "data": fingerprint, "versions": versions()}
             first["options"] = self.options
             write_record(self.path, first)
-
-    # ---- names that callers are leaving
-    of = choose
-
-    @property
-    def data(self) -> str:
-        return self.fingerprint
-
-    def open(
-        self, options: Any, data: str, resumable: Sequence[str], processes: Processes
-    ) -> dict[str, Any] | None:
-        if options.overwrite:
-            self.clear(processes)
-        checkpoint = self.find_checkpoint(options, data, resumable, processes)
-        self.begin(options, data, checkpoint, processes)
-        return checkpoint
 
 
 def _run_options(options: Any, processes: Processes) -> dict[str, Any]:
@@ -231,7 +245,9 @@ def _as_lists(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values with lists for tuples, as `plain_options` does."""
     plain = {}
     for name, value in values.items():
-        plain[name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = list(value)
+        plain[name] = value
     return plain
 
 
@@ -241,7 +257,8 @@ def _list_changes(
     """Return "old -> new" of each option that keeps a run from going on; log those that do not."""
     changed = {}
     for name, value in new.items():
-        if value == [] or old.get(name) == value:  # an empty list leaves the option open
+        # An empty list leaves the option open, to be what it was.
+        if value == [] or old.get(name) == value:
             continue
         change = f"{old.get(name)} -> {value}"
         if name in resumable or (name == "epochs" and value > old["epochs"]):
@@ -270,7 +287,9 @@ def load_torch(path: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # damage shows in whatever the bytes happen to mean
+    except Exception as error:
+        # Damage shows in whatever error the bytes happen to make. A file that torch refuses for its
+        # code is told from a damaged one by torch's message alone.
         refused = re.search(r"(?i)unsupported (?:global|class).*?(?=\. |\n|$)", str(error))
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise InputError(
@@ -303,8 +322,8 @@ def _allowed_types() -> list[Any]:
     for code in ("f8", "f4", "i8"):
         allowed.append(type(np.dtype(code)))
 
-    # A path of the other operating system cannot be made here, a pure one can. Python 3.13 calls
-    # the module pathlib._local.
+    # A path of the other operating system cannot be made here, a pure one can, and it touches no
+    # file. Python 3.13 calls the module pathlib._local.
     for module in ("pathlib", "pathlib._local"):
         for system, pure in (
             ("Posix", pathlib.PurePosixPath),
@@ -328,14 +347,16 @@ def split_log(path: Path, step: int) -> tuple[str, str]:
     A crash loses the steps since the last checkpoint; the resumed run takes and logs them again. A
     last line that the crash cut short is in neither part.
     """
+    if not path.is_file():
+        return "", ""
     kept = []
     later = []
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    for line in lines:
+    for line in path.read_text("utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
-            continue
+            continue  # cut short
+        # The first line, from before any step, names none.
         if record.get("step", 0) > step:
             later.append(line + "\n")
         else:
@@ -349,17 +370,7 @@ class Progress:
     The main process also writes log.jsonl, and TensorBoard's events where that is installed.
     """
 
-    SHOWN = (
-        *("epoch", "loss", "lr", "images_per_s", "data_wait", "memory_gb"),
-        *("rankme", "knn_accuracy", "knn_majority", "knn_qwk"),
-    )
-    SECONDS_BETWEEN_LINES = 30
-
-    def __init__(
-        self, folder: Path, start: int, total: int, batch: int, main=None, *, is_main: bool = False
-    ) -> None:
-        if main is not None:
-            is_main = main
+    def __init__(self, folder: Path, start: int, total: int, batch: int, *, is_main: bool) -> None:
         self.folder = folder
         self.total = total  # steps
         self.batch = batch  # images of a step, over all processes
@@ -367,18 +378,22 @@ class Progress:
         self.step = start
         self.latest: dict[str, Any] = {}  # what `log_interval` wrote last
 
-        # of the interval since then
+        # What is counted since then.
         self._steps = 0
         self._waited = 0.0  # seconds that steps waited for data
         self._began = time.monotonic()
 
         self._line_shown = 0.0
-        self._knn = ""  # the last scores, shown until there are new ones
-        # None: a bar only where the output is a terminal
-        self._bar = tqdm(total=total, initial=start, unit="step", disable=None if is_main else True)
+        self._knn = ""
+        # To tqdm, None means a bar where the output is a terminal.
+        hide_bar = None
+        if not is_main:
+            hide_bar = True
+        self._bar = tqdm(total=total, initial=start, unit="step", disable=hide_bar)
         self._events = None
         if is_main:
-            with contextlib.suppress(ImportError):  # TensorBoard is an extra, slow to import
+            # TensorBoard is an extra, and takes seconds to import.
+            with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._events = SummaryWriter(str(folder))
@@ -399,7 +414,9 @@ class Progress:
         spent = time.monotonic() - self._began
         record: dict[str, Any] = {"epoch": epoch}
         for name, value in values.items():
-            record[name] = value.item() if isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor):
+                value = value.item()
+            record[name] = value
         record["images_per_s"] = self.batch * self._steps / spent
         record["data_wait"] = self._waited / spent
         self.latest = record
@@ -413,12 +430,14 @@ class Progress:
         if not self.is_main:
             return
         write_record(self.folder, {"step": self.step} | values)
+        # Counts and words make no curve, and are not shown.
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         if self._events:
             for name, value in numbers.items():
                 self._events.add_scalar(name, value, self.step)
 
-        shown = ", ".join(f"{name} {numbers[name]:.4g}" for name in self.SHOWN if name in numbers)
+        shown = ", ".join(f"{name} {numbers[name]:.4g}" for name in SHOWN if name in numbers)
+        # The scores of an epoch stay beside the bar until there are new ones.
         if "knn_qwk" in values:
             text = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk {knn_qwk:.3f}"
             self._knn = text.format(**values)
@@ -430,7 +449,7 @@ class Progress:
     def _show_line(self, text: str, *, always: bool) -> None:
         """Print a line where no bar is: every half minute, and at the end of every epoch."""
         now = time.monotonic()
-        if not always and now - self._line_shown <= self.SECONDS_BETWEEN_LINES:
+        if not always and now - self._line_shown <= SECONDS_BETWEEN_LINES:
             return
         self._line_shown = now
         speed = self.latest.get("images_per_s", 0.0)
@@ -452,18 +471,3 @@ class Progress:
         self._bar.close()
         if self._events:
             self._events.close()
-
-    # ---- names that callers are leaving
-    def update(self, measured: dict[str, Any], epoch: float) -> None:
-        measured = dict(measured)
-        self.count_step(measured["step"], measured.pop("waited"))
-        if "teacher_entropy" in measured:
-            self.log_interval(measured, epoch)
-
-    @property
-    def since(self) -> float:
-        return self._began
-
-    @since.setter
-    def since(self, value: float) -> None:
-        self._began = value
