@@ -357,6 +357,7 @@ def join_layers(state: State) -> State:
         for name in list(state):
             if f".{parts[0]}." not in name:
                 continue
+            # One layer's weights, or its biases, which some networks have not.
             names = [name.replace(parts[0], part) for part in parts]
             if all(part in state for part in names):
                 layers = [state.pop(part) for part in names]
@@ -400,6 +401,7 @@ class Layout:
     def is_of_other_network(self, name: str, prefix: str) -> bool:
         """Say whether a name belongs to the student where `prefix` is the teacher's, or reverse."""
         for other in self.teacher + self.student:
+            # `backbone.` begins the names of `backbone.vit.` too, which is the same network.
             if other and not prefix.startswith(other) and name.startswith(other):
                 return True
         return False
@@ -547,6 +549,8 @@ def identify(state: State, described: Description, arch: str, where: str) -> Bac
     """
     patch_size = _find_patch_size(state, where)
     stated = _stated_architecture(described)
+
+    # The user's word comes first, since a file may state nothing that timm knows.
     name = arch or stated
     if name:
         found = _lay_out(name, state, patch_size, described)
@@ -609,6 +613,8 @@ def _search(state: State, patch_size: int, described: Description, where: str) -
             fitting.append(candidate)
         elif candidate.size == (width, depth):
             near.append(candidate)
+
+    # A description may give the number of heads without a name that timm knows.
     agreeing = [candidate for candidate in fitting if described.allows(candidate.num_heads)]
     if len(agreeing) == 1 and not described.heads_vary:
         return agreeing[0]
