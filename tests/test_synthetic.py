@@ -1,6 +1,9 @@
 """Drawn photographs: the same bits every time, lesions by grade and in their place, and nothing
-else that tells the grade. Colour and camera are also compared across grades on one and the same
-eye, because drawing takes the lesions from a random stream of their own."""
+else that tells the grade. Run with `python -m pytest tests/test_synthetic.py`.
+
+Colour and camera are also compared across grades on one and the same eye, because drawing takes the
+lesions from random numbers of their own.
+"""
 
 import hashlib
 import os
@@ -15,17 +18,22 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fundus import synthetic
-from fundus.synthetic import LESIONS, DrawnEye, draw_photograph, plan_eyes
+from fundus.eye_map import LESIONS
+from fundus.manifest import GRADES
+from fundus.synthetic import DrawnEye, draw_photograph, plan_eyes
+from utils import InputError
 
 HEIGHT = 192
-BY_GRADE = [
+
+# Which lesions an eye may have, by grade, and which it always has.
+POSSIBLE = [
     set(),
     {"microaneurysm"},
     {"microaneurysm", "haemorrhage", "hard_exudate", "cotton_wool_spot"},
     set(LESIONS) - {"new_vessel", "preretinal_haemorrhage"},
     set(LESIONS),
 ]
-ALWAYS = [
+CERTAIN = [
     set(),
     {"microaneurysm"},
     {"microaneurysm", "haemorrhage"},
@@ -35,22 +43,30 @@ ALWAYS = [
 
 
 @cache
-def drawn(eye: DrawnEye, height: int = HEIGHT) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def draw(eye: DrawnEye, height: int = HEIGHT) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Draw each eye once for all tests."""
     return draw_photograph(eye, height)
 
 
-def eyes(grade: int, count: int = 8) -> list[DrawnEye]:
-    # Both eyes of several patients, all given this grade: only the lesions differ between grades.
+def eyes_of_grade(grade: int, count: int = 8) -> list[DrawnEye]:
+    """Both eyes of several patients, all given this grade: only lesions differ between grades."""
     return [replace(eye, grade=grade) for eye in plan_eyes(count, seed=3)]
 
 
+def any_lesion(masks: dict[str, np.ndarray]) -> np.ndarray:
+    """The mask of all lesions together."""
+    return np.any(list(masks.values()), axis=0)
+
+
 def digest(eye: DrawnEye) -> str:
+    """A checksum of the photograph and its masks."""
     image, masks = draw_photograph(eye, 128)
     parts = image.tobytes() + b"".join(masks[name].tobytes() for name in LESIONS)
     return hashlib.sha256(parts).hexdigest()
 
 
-def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
+def dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """The mask, larger by so many pixels on each side."""
     image = Image.fromarray(mask.astype(np.uint8) * 255)
     return np.asarray(image.filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
 
@@ -83,12 +99,13 @@ def test_plan_prefix_and_patients():
 
 def test_plan_grades():
     grades = np.array([eye.grade for eye in plan_eyes(6000)])
-    shares = np.bincount(grades, minlength=5) / len(grades)
-    assert np.abs(shares - (0.493, 0.101, 0.273, 0.053, 0.080)).max() < 0.02
-    left, right = grades[::2], grades[1::2]
+    shares = np.bincount(grades, minlength=GRADES) / len(grades)
+    assert np.abs(shares - (0.493, 0.101, 0.273, 0.053, 0.080)).max() < 0.02  # APTOS 2019's
+    left = grades[::2]
+    right = grades[1::2]
     assert np.abs(left - right).max() == 1 and 0.6 < (left == right).mean() < 0.95
     for side in (left, right):  # neither eye is the worse one by rule
-        assert np.abs(np.bincount(side, minlength=5) / 3000 - shares).max() < 0.02
+        assert np.abs(np.bincount(side, minlength=GRADES) / len(side) - shares).max() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -109,11 +126,12 @@ def test_wrong_input_is_named(call):
 def test_laterality_is_seen_in_the_picture():
     right_side = []
     for eye in plan_eyes(20, seed=2):
-        image = Image.fromarray(drawn(replace(eye, grade=0), 128)[0]).convert("L")
+        image = Image.fromarray(draw(replace(eye, grade=0), 128)[0]).convert("L")
         fundus = np.asarray(image) > 12
         # The disc is the one bright spot of its size: small blur minus large blur, off the rim.
-        near, far = (np.asarray(image.filter(ImageFilter.GaussianBlur(r)), float) for r in (3, 12))
-        spot = np.where(grown(~fundus, 9), -np.inf, near - far)
+        near = np.asarray(image.filter(ImageFilter.GaussianBlur(3)), float)
+        far = np.asarray(image.filter(ImageFilter.GaussianBlur(12)), float)
+        spot = np.where(dilate(~fundus, 9), -np.inf, near - far)
         column = np.unravel_index(spot.argmax(), spot.shape)[1]
         right_side.append(column > np.flatnonzero(fundus.any(0)).mean())
     assert np.mean(np.array(right_side) == np.tile((False, True), 10)) >= 0.9
@@ -121,45 +139,56 @@ def test_laterality_is_seen_in_the_picture():
 
 def test_frame_and_surround():
     shapes = set()
-    for left, right in zip(*(iter(eyes(0, 24)),) * 2, strict=True):
-        image, masks = drawn(left)
+    eyes = eyes_of_grade(0, 24)
+    for left, right in zip(eyes[::2], eyes[1::2], strict=True):
+        image, masks = draw(left)
         assert image.dtype == np.uint8 and image.shape[0] == HEIGHT and image.shape[2] == 3
-        assert 1 <= image.shape[1] / HEIGHT <= 1.5 and tuple(masks) == LESIONS
-        assert image.shape == drawn(right)[0].shape  # one camera for both eyes
-        dark = image.max(2) < 12
-        assert 0.15 < dark.mean() < 0.65 and dark[:8, :8].all() and dark[-8:, -8:].all()
+        assert 1 <= image.shape[1] / HEIGHT <= 1.5
+        assert tuple(masks) == LESIONS
+        assert image.shape == draw(right)[0].shape  # one camera for both eyes
+        is_dark = image.max(axis=2) < 12
+        assert 0.15 < is_dark.mean() < 0.65
+        assert is_dark[:8, :8].all() and is_dark[-8:, -8:].all()
         shapes.add(image.shape)
     assert len(shapes) > 2
 
 
-@pytest.mark.parametrize("grade", range(5))
+@pytest.mark.parametrize("grade", range(GRADES))
 def test_lesions_of_the_grade(grade):
-    seen = [{name for name, mask in drawn(eye)[1].items() if mask.any()} for eye in eyes(grade)]
-    assert set().union(*seen) == BY_GRADE[grade]
-    assert all(names >= ALWAYS[grade] for names in seen)
+    found = []
+    for eye in eyes_of_grade(grade):
+        _, masks = draw(eye)
+        found.append({name for name, mask in masks.items() if mask.any()})
+    assert set().union(*found) == POSSIBLE[grade]
+    assert all(names >= CERTAIN[grade] for names in found)
     if grade == 4:
-        assert 1 < sum("preretinal_haemorrhage" in names for names in seen) < 7
+        assert 1 < sum("preretinal_haemorrhage" in names for names in found) < 7
 
 
-@pytest.mark.parametrize("grade", range(1, 5))
+@pytest.mark.parametrize("grade", range(1, GRADES))
 def test_lesions_lie_on_retina(grade):
-    for eye in eyes(grade):
-        image, masks = drawn(eye)
-        view = synthetic._View(eye, HEIGHT)
+    for eye in eyes_of_grade(grade):
+        image, masks = draw(eye)
+        camera = synthetic._aim_camera(eye, HEIGHT)
         for name, mask in masks.items():
             assert mask.dtype == bool and mask.shape == image.shape[:2]
-            assert not (mask & (view.aperture < 0.5)).any()
+            assert not (mask & (camera.aperture < 0.5)).any()
             if name != "new_vessel":
-                assert not (mask & (np.abs(view.z) < 0.47)).any(), name
+                assert not (mask & (np.abs(camera.places) < 0.47)).any(), name
         if grade == 3:  # severe: haemorrhages in four quadrants about the macula
-            spots = view.z[masks["haemorrhage"]] - 0.8 * view.fovea
+            spots = camera.places[masks["haemorrhage"]] - 0.8 * camera.fovea
             assert len({(spot.real > 0, spot.imag > 0) for spot in spots}) == 4
 
 
+def mean_area(name: str, grade: int) -> float:
+    """Pixels that a lesion covers in an eye of this grade, on average."""
+    return float(np.mean([draw(eye)[1][name].sum() for eye in eyes_of_grade(grade)]))
+
+
 def test_worse_grades_show_more():
-    area = [np.mean([drawn(eye)[1]["haemorrhage"].sum() for eye in eyes(g)]) for g in range(5)]
-    assert area[0] == area[1] == 0 < area[2] < area[3] / 1.5
-    dots = [np.mean([drawn(eye)[1]["microaneurysm"].sum() for eye in eyes(g)]) for g in range(4)]
+    blood = [mean_area("haemorrhage", grade) for grade in range(4)]
+    assert blood[0] == blood[1] == 0 < blood[2] < blood[3] / 1.5
+    dots = [mean_area("microaneurysm", grade) for grade in range(4)]
     assert dots[0] == 0 < dots[1] < dots[2] / 1.5 < dots[3]
 
 
@@ -174,30 +203,36 @@ def test_worse_grades_show_more():
     ],
 )
 def test_lesions_stand_out(name, grade, sign):
-    # Green, in which blood is dark and deposits are bright: against the ring around the lesions,
-    # and against the same eye without lesions.
-    around, without = [], []
-    for eye in eyes(grade):
-        image, masks = drawn(eye, 384)
-        mask, others = masks[name], np.any([masks[other] for other in LESIONS], 0)
-        if mask.any():
-            green = image[..., 1].astype(float)
-            ring = grown(mask, 5) & ~grown(others, 2)
-            plain = drawn(replace(eye, grade=0), 384)[0][..., 1]
-            around.append(sign * (green[mask].mean() / green[ring].mean() - 1))
-            without.append(sign * (green[mask].mean() / plain[mask].mean() - 1))
-    assert len(around) >= 2 and np.mean(around) > 0.08 and min(around) > 0
-    assert np.mean(without) > 0.08 and min(without) > 0
+    """Blood is dark in green and deposits are bright.
+
+    This holds against the ring around the lesions, and against the same eye without lesions.
+    """
+    against_ring = []
+    against_plain = []
+    for eye in eyes_of_grade(grade):
+        image, masks = draw(eye, 384)
+        mask = masks[name]
+        if not mask.any():
+            continue
+        green = image[..., 1].astype(float)
+        ring = dilate(mask, 5) & ~dilate(any_lesion(masks), 2)
+        plain = draw(replace(eye, grade=0), 384)[0][..., 1]
+        against_ring.append(sign * (green[mask].mean() / green[ring].mean() - 1))
+        against_plain.append(sign * (green[mask].mean() / plain[mask].mean() - 1))
+    assert len(against_ring) >= 2
+    for difference in (against_ring, against_plain):
+        assert np.mean(difference) > 0.08 and min(difference) > 0
 
 
 def test_one_eye_in_two_grades_differs_at_lesions_only():
-    for plain, sick in zip(eyes(0, 5), eyes(4, 5), strict=True):
-        before, (after, masks) = drawn(plain)[0].astype(int), drawn(sick)
+    for plain, sick in zip(eyes_of_grade(0, 5), eyes_of_grade(4, 5), strict=True):
+        before = draw(plain)[0].astype(int)
+        after, masks = draw(sick)
         assert before.shape == after.shape
-        change = np.abs(after - before).max(2)
-        lesion = np.any(list(masks.values()), 0)
+        change = np.abs(after - before).max(axis=2)
+        lesion = any_lesion(masks)
         # Fine new vessels reach beyond their mask, and JPEG spreads a change over 16 pixels.
-        assert np.percentile(change[~grown(lesion, 24)], 95) <= 4
+        assert np.percentile(change[~dilate(lesion, 24)], 95) <= 4
         assert change[lesion].mean() > 4
 
 
@@ -205,46 +240,48 @@ def test_grade_is_not_in_colour_light_or_camera():
     plan = plan_eyes(120, seed=4)
     facts = []
     for eye in plan:
-        image, masks = drawn(eye, 80)
-        clear = (image.max(2) > 20) & ~grown(np.any(list(masks.values()), 0), 2)
-        facts.append(
-            (
-                *np.median(image[clear], 0),
-                image[clear].std(),
-                image.shape[1],
-                (image.max(2) < 12).mean(),
-            )
-        )
+        image, masks = draw(eye, 80)
+        is_clear = (image.max(axis=2) > 20) & ~dilate(any_lesion(masks), 2)
+        red, green, blue = np.median(image[is_clear], axis=0)
+        contrast = image[is_clear].std()
+        surround = (image.max(axis=2) < 12).mean()
+        facts.append((red, green, blue, contrast, surround, image.shape[1]))
     grades = np.array([eye.grade for eye in plan], float)
     correlation = np.corrcoef(grades, np.array(facts).T)[0, 1:]
     assert np.abs(correlation).max() < 0.25, correlation
 
 
 def test_colours_and_light_vary():
-    colours = [
-        np.median(image[image.max(2) > 20], 0)
-        for image in (drawn(eye, 80)[0] for eye in plan_eyes(60, seed=4)[::2])
-    ]
+    colours = []
+    for eye in plan_eyes(60, seed=4)[::2]:
+        image, _ = draw(eye, 80)
+        colours.append(np.median(image[image.max(axis=2) > 20], axis=0))
     red, green, blue = np.array(colours).T
     assert np.ptp(red) > 90 and np.ptp(green / red) > 0.2 and np.ptp(blue / green) > 0.3
 
 
 def test_height_scales_the_same_eye():
-    for eye in eyes(3, 4):
-        small, masks = drawn(eye)
-        large, fine = drawn(eye, 2 * HEIGHT)
+    for eye in eyes_of_grade(3, 4):
+        small, masks = draw(eye)
+        large, large_masks = draw(eye, 2 * HEIGHT)
+        size = small.shape[1::-1]
         assert large.shape[0] == 2 * HEIGHT and abs(large.shape[1] - 2 * small.shape[1]) <= 2
-        again = np.asarray(Image.fromarray(large).resize(small.shape[1::-1]), float)
-        assert np.corrcoef(again.ravel(), small.ravel())[0, 1] > 0.97
+        reduced = np.asarray(Image.fromarray(large).resize(size), float)
+        assert np.corrcoef(reduced.ravel(), small.ravel())[0, 1] > 0.97
         for name in ("haemorrhage", "cotton_wool_spot"):
-            again = np.asarray(Image.fromarray(fine[name]).resize(small.shape[1::-1]))
-            both, either = again & masks[name], again | masks[name]
+            reduced = np.asarray(Image.fromarray(large_masks[name]).resize(size))
+            both = reduced & masks[name]
+            either = reduced | masks[name]
             assert both.sum() > 0.6 * either.sum()
-    for height in (64, 100, 700):
-        assert draw_photograph(DrawnEye("p", "left", 4, (0, 1, 0)), height)[0].shape[0] == height
 
 
-# ---------------------------------------------------------------------------------- drawn folder
+@pytest.mark.parametrize("height", [64, 100, 700])
+def test_every_height_is_kept(height):
+    image, _ = draw_photograph(DrawnEye("p", "left", 4, (0, 1, 0)), height)
+    assert image.shape[0] == height
+
+
+# ----------------------------------------------------------------------------------------- folder
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +332,23 @@ def test_masks_lie_on_lesions(manifest):
         green = np.asarray(Image.open(manifest.root / "images" / name))[..., 1].astype(float)
         darker.append(green[np.asarray(mask) > 127].mean() < green[ring].mean())
     assert len(darker) >= 2 and np.mean(darker) > 0.5
+
+
+@pytest.mark.parametrize("count", [10**20, synthetic.SYNTHETIC_MAX + 1])
+def test_too_many_are_refused_before_any_is_drawn(count, monkeypatch):
+    monkeypatch.setattr(synthetic, "draw_folder", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(synthetic, "plan_eyes", lambda *_: pytest.fail("planned"))
+    with pytest.raises(InputError, match=f"synthetic:{count}.* 1,000,000 photographs or fewer"):
+        synthetic.synthetic_manifest(count)
+
+
+def test_as_many_as_are_allowed_are_drawn(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def stop(folder, count):
+        raise Reached(count)
+
+    monkeypatch.setattr(synthetic, "draw_folder", stop)
+    with pytest.raises(Reached, match="^1000000$"):
+        synthetic.synthetic_manifest(1_000_000)
