@@ -200,8 +200,8 @@ def _fill_lines(mask: np.ndarray) -> np.ndarray:
 def _extent(counts: np.ndarray) -> tuple[int, int]:
     """Return the first and the last + 1 line of a region, given its pixels per line.
 
-    Thin ends do not count, such as the notch at the rim by which cameras mark what is up. A chord
-    of 0.15 diameters lies 0.6 % of the diameter inside the rim of a disc, so little is lost.
+    Thin ends do not count, such as the notch beyond the rim by which cameras mark what is up. A
+    chord of 0.15 diameters lies 0.6 % of the diameter inside the rim of a disc: little is lost.
     """
     lines = np.flatnonzero(counts > 0.15 * counts.max())
     if lines.size == 0:

@@ -117,12 +117,20 @@ def test_a_panel_is_not_taken_for_a_fundus():
     assert find_field_of_view(to_uint8(image)) is None
 
 
-@pytest.mark.parametrize("width, is_found", [(200, False), (300, True)])
+@pytest.mark.parametrize("width, is_found", [(500, False), (600, True)])
 def test_most_of_a_disc_is_wanted(width, is_found):
-    """A disc of 400 seen through a slit: below 0.6 of its height it is none."""
-    image = draw_fundus(1000, 660, (500, 330), 200, 220)
-    image[:, : 500 - width // 2] = 0
-    image[:, 500 + width // 2 :] = 0
+    """A disc of 900 seen through a slit: below 0.6 of its height it is none."""
+    image = draw_fundus(1400, 1000, (700, 500), 450, 220)
+    image[:, : 700 - width // 2] = 0
+    image[:, 700 + width // 2 :] = 0
+    found = find_field_of_view(to_uint8(image))
+    assert (found is not None) == is_found
+
+
+@pytest.mark.parametrize("radius, is_found", [(118, False), (148, True)])
+def test_a_disc_fills_much_of_the_frame(radius, is_found):
+    """Below 0.4 of the frame's height it is something else."""
+    image = draw_fundus(1000, 660, (500, 330), radius, 220)
     found = find_field_of_view(to_uint8(image))
     assert (found is not None) == is_found
 

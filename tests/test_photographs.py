@@ -299,6 +299,12 @@ def test_a_photograph_on_even_grey_is_not_taken_for_a_cut_off_one(tmp_path):
     assert (open_photograph(tmp_path / "grey.jpg")[-1] == 128).all()
 
 
+def test_only_of_a_jpeg_a_grey_end_means_that_it_is_cut_off(tmp_path):
+    image = to_uint8(draw_fundus(400, 300, (200, 150), 120))
+    image[150:] = 128
+    assert np.array_equal(open_photograph(save(tmp_path / "a.png", image)), image)
+
+
 def test_a_damaged_tiff_is_not_called_another_format(tmp_path):
     Image.fromarray(to_uint8(draw_fundus(300, 200, (150, 100), 80))).save(
         tmp_path / "a.tif", compression="tiff_lzw"
