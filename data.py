@@ -2,6 +2,7 @@
 
 Every batch is a pure function of (seed, step): a resumed run, or one with another number of workers
 or processes, sees the same views of the same photographs.
+Shapes: N photographs, h and w the sides of one.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from augment import CropBatch
 from devices import Processes
 from fundus.copies import same_files
 from fundus.layouts import open_data
 from fundus.manifest import Manifest, Record
 from fundus.photographs import PhotographError, load_photograph, open_photograph, pad_square
-from fundus.synthetic import SYNTHETIC_COUNT, synthetic_manifest
-from utils import InputError, log
+from fundus.synthetic import SYNTHETIC_COUNT, SYNTHETIC_MAX, synthetic_manifest
+from utils import InputError, log, shorten
 
-COUNTED = 50  # batches between counts of unreadable photographs over all processes
+SYNTHETIC_MIN = 10  # photographs, of 5 patients: fewer make no set with three splits
 RAW_SIZE = 512  # side to which photographs that nobody prepared are brought as they are read
+SUBSTITUTES = 9  # photographs that may take the place of one that cannot be read
+READABLE = -1  # what `bad` says of a photograph that could be read
+COUNT_EVERY = 50  # batches between counts of unreadable photographs over all processes
 
 
 @dataclass
@@ -42,7 +47,7 @@ class DataOptions:
 
 # ------------------------------------------------------------------------------- which photographs
 def open_manifest(data: str) -> Manifest:
-    """Open what `--data` names (DataOptions) and say what was found.
+    """Open what `--data` names (DataOptions) and log what was found.
 
     Raises InputError when it is nothing that is understood. Draws synthetic photographs once.
     """
@@ -50,9 +55,7 @@ def open_manifest(data: str) -> Manifest:
         raise InputError("--data: name the photographs to use (a folder, or synthetic)")
     name, _, count = data.partition(":")
     if name == "synthetic":
-        if count and not (count.isdecimal() and int(count) >= 10):
-            raise InputError(f"--data {data}: expected synthetic:N with N photographs, 10 or more")
-        manifest = synthetic_manifest(int(count or SYNTHETIC_COUNT))
+        manifest = synthetic_manifest(_synthetic_count(count))
     else:
         manifest = open_data(Path(data), linked=same_files)
     for note in manifest.notes:
@@ -60,9 +63,26 @@ def open_manifest(data: str) -> Manifest:
     return manifest
 
 
+def _synthetic_count(text: str) -> int:
+    """Return N of synthetic:N, the usual number where it is left out."""
+    if not text:
+        return SYNTHETIC_COUNT
+    # The length comes first: Python reads no number of more than 4,300 digits.
+    is_number = text.isdecimal() and len(text) <= 20
+    if not is_number or not SYNTHETIC_MIN <= int(text) <= SYNTHETIC_MAX:
+        raise InputError(
+            f"--data synthetic:{shorten(text)}: expected synthetic:N with N photographs, "
+            f"{SYNTHETIC_MIN} to {SYNTHETIC_MAX}"
+        )
+    return int(text)
+
+
 def graded(manifest: Manifest, records: Sequence[Record], name: str) -> list[Record]:
-    """Return the records with a grade; says how many have none, raises InputError if all."""
-    kept = [r for r in records if r.grade is not None]
+    """Return the records with a grade, and log how many have none.
+
+    Raises InputError if none has; `name` says in messages what the records are.
+    """
+    kept = [record for record in records if record.grade is not None]
     if not kept:
         raise InputError(f"{manifest.root / 'manifest.csv'}: no graded photograph for {name}")
     if len(kept) < len(records):
@@ -72,25 +92,28 @@ def graded(manifest: Manifest, records: Sequence[Record], name: str) -> list[Rec
 
 def grades_of(records: Sequence[Record]) -> np.ndarray:
     """Return the grades of graded records, (N,) int64."""
-    return np.array([r.grade for r in records], dtype=np.int64)
+    return np.array([record.grade for record in records], dtype=np.int64)
 
 
 def patients_of(records: Sequence[Record]) -> np.ndarray:
     """Return the patients of records, (N,) str."""
-    return np.array([r.patient for r in records], dtype=str)
+    return np.array([record.patient for record in records], dtype=str)
 
 
-# ----------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------- photographs as items
+# A view turns a uint8 photograph (3, h, w) and a key of whole numbers, from which it draws all that
+# is random, into named tensors. One that needs no large photographs says so by a `min_side`.
 View = Callable[[Tensor, tuple[int, ...]], dict[str, Tensor]]
 Key = tuple[int, int]  # (epoch, index)
 
 
 class PhotographDataset(Dataset):
-    """Views of a manifest's records, addressed by (epoch, index).
+    """Views of a manifest's records, addressed by (epoch, index), or by index in epoch 0.
 
-    An item is what `view` makes of the uint8 photograph (3, h, w), its `index`, and `bad`, which is
-    -1. With `max_bad` above 0 a photograph that cannot be read is replaced by another one, the same
-    whenever its turn comes, and `bad` is its index; otherwise it raises InputError.
+    An item holds what `view` makes of the photograph, and two numbers. `index` is the record's, as
+    asked for. `bad` is READABLE, or again the index, where that photograph could not be read and
+    another one took its place: the same one whenever this epoch's turn comes. This needs a
+    `max_bad` above 0; otherwise a photograph that cannot be read raises InputError.
     """
 
     def __init__(
@@ -101,53 +124,71 @@ class PhotographDataset(Dataset):
         seed: int = 0,
         max_bad: float = 0.0,
     ) -> None:
-        self.manifest, self.records, self.seed, self.max_bad = manifest, records, seed, max_bad
-        self.view, self.min_side = view, getattr(view, "min_side", None)
+        self.manifest = manifest
+        self.records = records
+        self.view = view
+        self.min_side = getattr(view, "min_side", None)
+        self.seed = seed
+        self.max_bad = max_bad
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: Key | int) -> dict[str, Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        bad = -1
-        for taken in self._candidates(epoch, index):
+        if not isinstance(key, tuple):
+            key = (0, key)
+        epoch, index = key
+        array, is_replaced = self._read_or_replace(epoch, index)
+        photograph = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)  # (3, h, w)
+        item = self.view(photograph, (self.seed, epoch, index))
+
+        # Workers are processes of their own and cannot count what they could not read. They say it
+        # with the item, and `training_loader` counts in the training process.
+        bad = READABLE
+        if is_replaced:
+            bad = index
+        return item | {"index": torch.tensor(index), "bad": torch.tensor(bad)}
+
+    def _read_or_replace(self, epoch: int, index: int) -> tuple[np.ndarray, bool]:
+        """Return a photograph and False, or another one in its place and True."""
+        is_replaced = False
+        for candidate in self._candidates(epoch, index):
             try:
-                array = self.read(taken)
-                break
+                return self.read(candidate), is_replaced
             except InputError:
                 if not self.max_bad:
                     raise
-                bad = index
-        else:
-            raise InputError(f"{self.manifest.root}: of 10 photographs none can be read")
-        photograph = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-        item = self.view(photograph, (self.seed, epoch, index))
-        return item | {"index": torch.tensor(index), "bad": torch.tensor(bad)}
+                is_replaced = True
+        raise InputError(f"{self.manifest.root}: of {1 + SUBSTITUTES} photographs none can be read")
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """Give the index, then those of 9 others that would take its place."""
+        """Give the index, then those of others that would take its place."""
         yield index
         rng = np.random.default_rng((self.seed, epoch, index, len(self)))
-        yield from map(int, rng.integers(len(self), size=9))
+        for other in rng.integers(len(self), size=SUBSTITUTES):
+            yield int(other)
 
     def read(self, index: int) -> np.ndarray:
         """Return a photograph as uint8 RGB, square; raises InputError where it cannot be read.
 
-        A view that tells its `min_side` gets it decoded about as large, and resizes it itself.
+        A view that has a `min_side` gets it decoded about as large, and resizes it itself.
         """
-        path, enough = self.manifest.root / self.records[index].path, self.min_side
+        path = self.manifest.root / self.records[index].path
         try:
             if self.manifest.prepared:
-                return pad_square(open_photograph(path, min_side=enough))
-            return load_photograph(path, max(RAW_SIZE, enough or 0), exact=enough is None)
+                return pad_square(open_photograph(path, min_side=self.min_side))
+            if self.min_side is None:
+                return load_photograph(path, RAW_SIZE, exact=True)
+            return load_photograph(path, max(RAW_SIZE, self.min_side), exact=False)
         except PhotographError as error:
             raise InputError(
                 f"{path}: {error}; mend the file, or run prepare_data.py, which leaves it out"
             ) from None
 
 
+# -------------------------------------------------------------------------------- order of training
 class StepSampler(Sampler[list[Key]]):
-    """Gives this process's micro-batches of every step from `start` on, by arithmetic alone.
+    """Gives this process's micro-batches of every step of a range, by arithmetic alone.
 
     A step takes `batch_size * world * accumulate` images of its epoch's permutation: the same ones
     however they are spread over processes and micro-batches. An incomplete last step is left out.
@@ -161,131 +202,171 @@ class StepSampler(Sampler[list[Key]]):
         processes: Processes | None = None,
         seed: int = 0,
     ) -> None:
-        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
-        self.processes = processes or Processes(torch.device("cpu"))
-        self.rank, self.world = self.processes.rank, self.processes.world
+        if processes is None:
+            processes = Processes(torch.device("cpu"))
+        self.images = images
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.processes = processes
         self.seed = seed
-        self.global_batch = batch_size * accumulate * self.world
+        self.global_batch = batch_size * accumulate * processes.world
         self.steps_per_epoch = images // self.global_batch
+        self.start = 0
+        self.stop = 0
         if not self.steps_per_epoch:
             raise InputError(
-                f"--batch-size: a step takes {self.global_batch} photographs "
-                f"({batch_size} x {accumulate} accumulated x {self.world} processes), the training "
+                f"--batch-size: a step takes {self.global_batch} photographs ({batch_size} x "
+                f"{accumulate} accumulated x {processes.world} processes), the training "
                 f"split has {images}; make it smaller"
             )
-        self.start = self.stop = 0
 
     def set_range(self, start: int, stop: int) -> None:
-        """Give the steps from `start` up to `stop`."""
-        self.start, self.stop = start, stop
+        """Give the steps from `start` up to `stop`, which is not among them."""
+        self.start = start
+        self.stop = stop
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order, order_epoch = np.empty(0, int), -1
+        # What a step takes follows from (seed, step) alone, and the step before it leaves nothing
+        # behind. So a resumed run needs no record of what was taken, and takes what the run would
+        # have taken without the stop. The views follow too: their key is (seed, epoch, index).
+        order_epoch = -1
         for step in range(self.start, self.stop):
-            epoch, within = divmod(step, self.steps_per_epoch)
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                rng = np.random.default_rng((self.seed, epoch))
-                order, order_epoch = rng.permutation(self.images), epoch
-            chunk = order[within * self.global_batch :]
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+                order_epoch = epoch
+
+            # A step is cut into parts, one for each process and micro-batch. Gradients are averaged
+            # over all of them, so that it does not matter who takes which.
+            first = step_of_epoch * self.global_batch
             for micro in range(self.accumulate):
-                first = (micro * self.world + self.rank) * self.batch_size
-                yield [(epoch, int(i)) for i in chunk[first : first + self.batch_size]]
+                part = micro * self.processes.world + self.processes.rank
+                begin = first + part * self.batch_size
+                yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
 
 
+# ------------------------------------------------------------------------------------------ loaders
 def training_loader(
     dataset: PhotographDataset, sampler: StepSampler, workers: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Iterate over the sampler's micro-batches; names what could not be read (`max_bad`)."""
+    """Give the sampler's micro-batches; names each photograph that could not be read.
+
+    Raises InputError when more than the dataset's `max_bad` of all photographs could not.
+    """
+    batches_ahead = None
+    if workers:
+        batches_ahead = 4
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_own_group,
-        generator=torch.Generator(),  # else it draws from the one that drop path draws from
+        prefetch_factor=batches_ahead,
+        worker_init_fn=_leave_process_group,
+        # One of its own: else the loader draws from the one that drop path draws from.
+        generator=torch.Generator(),
     )
-    return _count_bad(_unwrap_errors(loader), dataset, sampler)
-
-
-def prefetch(batches: Iterator[list[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    """Iterate; on CUDA a batch ahead, which is made beside a step, on a stream of its own."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    side, step = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    made: list[Tensor] | None = []
-    while made is not None:
-        ready, done = made, side.record_event()
-        with torch.cuda.stream(side):
-            made = next(batches, None)
-        step.wait_event(done)
-        for tensor in ready:
-            tensor.record_stream(step)  # its memory is not for others before the step is done
-        if ready:
-            yield ready
-
-
-ahead = prefetch  # a name that callers are leaving
-
-
-def _count_bad(
-    batches: Iterator[dict[str, Tensor]], dataset: PhotographDataset, sampler: StepSampler
-) -> Iterator[dict[str, Tensor]]:
-    """Name each photograph that any process could not read; all processes stop at one batch.
-
-    They exchange what they saw every COUNTED batches and at the end of epochs.
-    """
-    here: set[int] = set()
-    told: set[int] = set()
-    each = sampler.steps_per_epoch * sampler.accumulate
-    for number, batch in enumerate(batches, 1 + sampler.start * sampler.accumulate):
-        here |= set(batch["bad"].tolist()) - {-1}
-        due = sampler.world == 1 or number % COUNTED == 0 or number % each == 0
-        for index in sorted(sampler.processes.union(here) - told) if due else ():
-            told.add(index)
-            try:
-                dataset.read(index)
-                reason = f"{dataset.records[index].path}: could not be read for a moment"
-            except InputError as error:
-                reason = str(error)
-            if len(told) > dataset.max_bad * len(dataset):
-                share = f"{len(told)} of {len(dataset)} photographs, over --max-bad"
-                raise InputError(f"{share} {dataset.max_bad}, cannot be read; the last is {reason}")
-            log.warning("%s. Another one takes its place; %d so far", reason, len(told))
-        yield batch
+    return _count_unreadable(_unwrap_errors(loader), dataset, sampler)
 
 
 def evaluation_loader(
     dataset: PhotographDataset, batch_size: int, workers: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Iterate over a dataset in order, once."""
+    """Give a dataset's items in order, once, in batches."""
     loader = DataLoader(
         dataset,
         batch_size,
         num_workers=workers,
-        worker_init_fn=_own_group,
+        worker_init_fn=_leave_process_group,
         generator=torch.Generator(),
     )
     return _unwrap_errors(loader)
 
 
-def _own_group(_worker: int) -> None:
-    """Leave the main process's group: a signal to it (Ctrl-C, SLURM's SIGTERM) must not end the
-    workers before the main process has saved. The main process can still end them."""
+def prefetch(batches: Iterator[CropBatch], device: torch.device) -> Iterator[CropBatch]:
+    """Give the batches; on CUDA each is made while the step before it runs.
+
+    What makes a batch (its copy to the GPU, colour and blur) is queued on a stream of its own. On
+    the stream of the steps it would come after the running step, and the next one would wait.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    making = torch.cuda.Stream(device)
+    training = torch.cuda.current_stream(device)
+    with torch.cuda.stream(making):
+        batch = next(batches, None)
+    while batch is not None:
+        is_made = making.record_event()
+        with torch.cuda.stream(making):
+            following = next(batches, None)
+        training.wait_event(is_made)
+        # Its memory belongs to the other stream, which would give it to a later batch while the
+        # step still reads it.
+        batch.record_stream(training)
+        yield batch
+        batch = following
+
+
+def _count_unreadable(
+    batches: Iterator[dict[str, Tensor]], dataset: PhotographDataset, sampler: StepSampler
+) -> Iterator[dict[str, Tensor]]:
+    """Give the batches; name each photograph that any process could not read.
+
+    The processes exchange what they found every COUNT_EVERY batches and at the end of epochs: all
+    of them at the same batches, so that they also stop at the same one.
+    """
+    found: set[int] = set()  # by this process
+    named: set[int] = set()  # found by any process, and logged
+    batches_of_epoch = sampler.steps_per_epoch * sampler.accumulate
+    number = sampler.start * sampler.accumulate
+    for batch in batches:
+        number += 1
+        found |= set(batch["bad"].tolist()) - {READABLE}
+        is_due = number % COUNT_EVERY == 0 or number % batches_of_epoch == 0
+        if is_due or sampler.processes.world == 1:
+            for index in sorted(sampler.processes.union(found) - named):
+                named.add(index)
+                _name_unreadable(index, len(named), dataset)
+        yield batch
+
+
+def _name_unreadable(index: int, count: int, dataset: PhotographDataset) -> None:
+    """Warn of a photograph, the `count`-th one; raises InputError when they are too many."""
+    # Batches carry numbers only. Reading it again tells why it could not be read.
+    try:
+        dataset.read(index)
+        reason = f"{dataset.records[index].path}: could not be read for a moment"
+    except InputError as error:
+        reason = str(error)
+    if count > dataset.max_bad * len(dataset):
+        raise InputError(
+            f"{count} of {len(dataset)} photographs, over --max-bad {dataset.max_bad}, "
+            f"cannot be read; the last is {reason}"
+        )
+    log.warning("%s. Another one takes its place; %d so far", reason, count)
+
+
+def _leave_process_group(_worker: int) -> None:
+    """Leave the main process's group, as a worker that begins.
+
+    A signal to the group (Ctrl-C, SLURM's SIGTERM) must not end the workers before the main process
+    has saved. The main process can still end them.
+    """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-        # a scheduler may signal every process by itself: then the main process gets 10 seconds
+        # A scheduler may signal every process by itself: then the main process gets 10 seconds.
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def _unwrap_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    """Iterate; an InputError that a worker wrapped in its traceback is one message again."""
+    """Give a loader's batches; an InputError of a worker is one message again."""
     try:
         yield from loader
     except InputError as error:
+        # torch puts the worker's traceback before the message.
         message = str(error)
         raise InputError(message.rpartition("InputError: ")[2].strip() or message) from None

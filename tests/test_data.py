@@ -14,11 +14,11 @@ from PIL import Image
 
 import data
 import utils
-from augment import MultiCrop, MultiCropOptions, WholeView
-from data import PhotographDataset, StepSampler, training_loader
+from augment import CropBatch, MultiCrop, MultiCropOptions, PatchMasks, WholeView
+from data import PhotographDataset, StepSampler, evaluation_loader, prefetch, training_loader
 from devices import Processes
-from fundus import copies, photographs
-from fundus.manifest import Manifest, Record, read_manifest
+from fundus import copies, photographs, synthetic
+from fundus.manifest import GRADES, Manifest, Record, read_manifest
 from fundus.photographs import find_fundus, open_photograph, pad_square
 from utils import InputError
 
@@ -105,7 +105,10 @@ def train_set(folder, seed=0, view=CROPS):
 
 
 def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    """Whether two items or batches hold the same tensors under the same names."""
+    if one.keys() != other.keys():
+        return False
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_views_are_keyed_by_seed_epoch_and_index(prepared):
@@ -114,8 +117,12 @@ def test_views_are_keyed_by_seed_epoch_and_index(prepared):
     assert item["index"] == 7
     picture = np.asarray(Image.open(prepared / dataset.records[7].path))
     expected = CROPS(torch.from_numpy(picture.copy()).permute(2, 0, 1), (5, 3, 7))
-    assert all(torch.equal(item[name], expected[name]) for name in expected)
-    dataset[(0, 0)], torch.rand(3), np.random.random(3)
+    for name in expected:
+        assert torch.equal(item[name], expected[name])
+    # what is drawn between makes no difference
+    dataset[(0, 0)]
+    torch.rand(3)
+    np.random.random(3)
     assert equal(dataset[(3, 7)], item)
     assert equal(dataset[7], dataset[(0, 7)])
     for other in (dataset[(2, 7)], train_set(prepared, seed=6)[(3, 7)]):
@@ -125,58 +132,119 @@ def test_views_are_keyed_by_seed_epoch_and_index(prepared):
 def test_raw_photographs_are_brought_in_prepared_ones_as_they_are(prepared):
     manifest = read_manifest(prepared)
     assert manifest.prepared
-    record, view = manifest.records[:1], WholeView(SIDE)
-    picture = np.asarray(Image.open(prepared / record[0].path))
-    whole = PhotographDataset(manifest, list(record), view)[0]["image"]
-    assert np.array_equal(whole.permute(1, 2, 0).numpy(), picture)
+    records = [manifest.records[0]]
+    path = prepared / records[0].path
+    whole = PhotographDataset(manifest, records, WholeView(SIDE))[0]["image"]
+    assert np.array_equal(whole.permute(1, 2, 0).numpy(), np.asarray(Image.open(path)))
+
     raw = replace(manifest, prepared=False)
-    expected = torch.from_numpy(
-        photographs.load_photograph(prepared / record[0].path, data.RAW_SIZE)
-    )
-    found = PhotographDataset(raw, list(record), lambda photograph, key: {"image": photograph})[0]
+    expected = torch.from_numpy(photographs.load_photograph(path, data.RAW_SIZE))
+    found = PhotographDataset(raw, records, lambda photograph, key: {"image": photograph})[0]
     assert torch.equal(found["image"].permute(1, 2, 0), expected)
 
 
-def test_a_photograph_is_decoded_no_larger_than_crops_need(tmp_path):
-    """Crops of what a quarter of the pixels holds are those of all pixels, to 35 dB."""
+@pytest.fixture
+def wavy(tmp_path):
+    """A photograph of waves (1024, 1024) within a round fundus, saved as a.jpg; and its record."""
     y, x = np.mgrid[:1024, :1024]
-    waves = [128 + 60 * np.sin(x / s) * np.cos(y / (s + 3)) for s in (9, 14, 23)]
-    inside = (x - 511.5) ** 2 + (y - 511.5) ** 2 < 500**2
-    picture = (np.stack(waves, axis=2) * inside[..., None]).astype(np.uint8)
+    waves = []
+    for length in (9, 14, 23):
+        waves.append(128 + 60 * np.sin(x / length) * np.cos(y / (length + 3)))
+    is_inside = (x - 511.5) ** 2 + (y - 511.5) ** 2 < 500**2
+    picture = (np.stack(waves, axis=2) * is_inside[..., None]).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.jpg", quality=95, subsampling=0)
-    records = [Record("a.jpg", None, "a", "", "train")]
-    views = {"crops": MultiCrop(MultiCropOptions()), "whole": WholeView(224)}
-    for prepared in (True, False):
-        manifest = Manifest(tmp_path, tuple(records), prepared, "test")
-        sets = {n: PhotographDataset(manifest, records, v) for n, v in views.items()}
-        small, whole = (sets[name].read(0) for name in views)
-        assert whole.shape[0] == (1024 if prepared else data.RAW_SIZE)
-        if not prepared:  # the fundus alone, as it is
-            left, top, right, bottom = find_fundus(picture)
-            fundus = open_photograph(tmp_path / "a.jpg")[top:bottom, left:right]
-            assert np.array_equal(small, pad_square(fundus)) and small.shape[0] > 960
-            continue
-        assert small.shape[0] == 512 >= MultiCrop(MultiCropOptions()).min_side
-        for key in range(5):  # each side's crops of one window
-            found, expected = (
-                MultiCrop(MultiCropOptions())(torch.from_numpy(a).permute(2, 0, 1), (key,))
-                for a in (small, whole)
-            )
-            for name in ("global", "local"):
-                error = found[name].float() - expected[name].float()
-                assert error.square().mean() < 255**2 / 10**3.5, (key, name)
-                assert error.mean().abs() < 0.3, (key, name)
+    return picture, Record("a.jpg", None, "a", "", "train")
+
+
+def read_for(view, folder, record, *, prepared):
+    """What a dataset reads for a view."""
+    manifest = Manifest(folder, (record,), prepared, "test")
+    return PhotographDataset(manifest, [record], view).read(0)
+
+
+def test_a_photograph_is_decoded_no_larger_than_crops_need(wavy, tmp_path):
+    """Crops of what a quarter of the pixels holds are those of all pixels, to 35 dB."""
+    _, record = wavy
+    crops = MultiCrop(MultiCropOptions())
+    small = read_for(crops, tmp_path, record, prepared=True)
+    whole = read_for(WholeView(224), tmp_path, record, prepared=True)
+    assert whole.shape[0] == 1024
+    assert small.shape[0] == 512 >= crops.min_side
+    for key in range(5):  # each side's crops of one window
+        found = crops(torch.from_numpy(small).permute(2, 0, 1), (key,))
+        expected = crops(torch.from_numpy(whole).permute(2, 0, 1), (key,))
+        for name in ("global", "local"):
+            error = found[name].float() - expected[name].float()
+            assert error.square().mean() < 255**2 / 10**3.5, (key, name)
+            assert error.mean().abs() < 0.3, (key, name)
+
+
+def test_of_a_raw_photograph_crops_get_the_fundus_alone_as_it_is(wavy, tmp_path):
+    picture, record = wavy
+    small = read_for(MultiCrop(MultiCropOptions()), tmp_path, record, prepared=False)
+    whole = read_for(WholeView(224), tmp_path, record, prepared=False)
+    assert whole.shape[0] == data.RAW_SIZE
+    left, top, right, bottom = find_fundus(picture)
+    fundus = open_photograph(tmp_path / "a.jpg")[top:bottom, left:right]
+    assert np.array_equal(small, pad_square(fundus)) and small.shape[0] > 960
 
 
 def test_workers_change_nothing(prepared):
     dataset = train_set(prepared)
     expected = batches_of(dataset, 0)
-    assert len(expected) == 8 and expected[0]["global"].shape == (4, 2, 3, 32, 32)
+    assert len(expected) == 8
+    assert expected[0]["global"].shape == (4, 2, 3, 32, 32)
     for workers in (1, 3):
         found = batches_of(dataset, workers)
-        assert len(found) == 8 and all(map(equal, found, expected))
+        assert len(found) == 8
+        assert all(map(equal, found, expected))
     resumed = batches_of(dataset, 1, start=2)
-    assert len(resumed) == 4 and all(map(equal, resumed, expected[4:]))
+    assert len(resumed) == 4
+    assert all(map(equal, resumed, expected[4:]))
+
+
+def test_evaluation_takes_every_photograph_in_order(prepared):
+    dataset = train_set(prepared, view=WholeView(SIDE))
+    for workers in (0, 2):
+        batches = list(evaluation_loader(dataset, 16, workers))
+        indices = torch.cat([batch["index"] for batch in batches])
+        assert indices.tolist() == list(range(40))
+        assert [len(batch["image"]) for batch in batches] == [16, 16, 8]
+
+
+def test_loaders_draw_nothing_from_the_generator_of_training(prepared):
+    dataset = train_set(prepared)
+    before = torch.get_rng_state()
+    batches_of(dataset, 0)
+    list(evaluation_loader(dataset, 16, 0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def crop_batches(count, device):
+    """Batches of crops as color_views makes them, each full of its number."""
+    for number in range(count):
+        crops = [torch.full((2, 3, 512, 512), float(number), device=device)]
+        yield CropBatch(crops, PatchMasks())
+
+
+def test_prefetching_gives_every_batch_once():
+    batches = list(prefetch(crop_batches(3, CPU), CPU))
+    assert [float(batch.crops[0].mean()) for batch in batches] == [0, 1, 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_prefetching_on_cuda_waits_for_what_it_gives(count):
+    """The batches are whole though steps are slow, and the memory of none is taken too early."""
+    device = torch.device("cuda")
+    found = []
+    for batch in prefetch(crop_batches(count, device), device):
+        torch.cuda._sleep(20_000_000)  # a step of some milliseconds, of which the host knows not
+        found.append(batch.crops[0].clone())
+        del batch
+    for number, crops in enumerate(found):
+        assert torch.equal(crops, torch.full_like(crops, number))
+    assert len(found) == count
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -189,46 +257,90 @@ def test_unreadable_photograph_is_one_message(prepared, tmp_path, workers):
     with pytest.raises(InputError) as caught:
         batches_of(dataset, workers, stop=5)
     message = str(caught.value)
-    assert message.startswith(str(path)) and "Traceback" not in message and "\n" not in message
+    assert message.startswith(str(path))
+    assert "Traceback" not in message and "\n" not in message
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_photograph_is_replaced_and_named_once(prepared, tmp_path, workers, caplog):
     folder = tmp_path / "broken"
     shutil.copytree(prepared, folder)
-    whole, dataset = train_set(folder), train_set(folder)
+    expected = batches_of(train_set(folder), 0, stop=10)
+    dataset = train_set(folder)
     dataset.max_bad = 0.03  # of 40: one
-    expected = batches_of(whole, 0, stop=10)
-    path, second = (folder / dataset.records[i].path for i in (11, 12))
+    path = folder / dataset.records[11].path
     path.write_bytes(b"")
     caplog.set_level("WARNING", logger="ssrl")
     found = batches_of(dataset, workers, stop=10)  # two epochs
-    assert [r.getMessage() for r in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records] == [
         f"{path}: is empty; mend the file, or run prepare_data.py, which leaves it out. "
         "Another one takes its place; 1 so far"
     ]
-    replaced = 0
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one["index"], other["index"])
-        same = (one["global"] == other["global"]).flatten(1).all(dim=1)
-        assert torch.equal(~same, one["index"] == 11) and torch.equal(one["bad"] == 11, ~same)
-        replaced += int((~same).sum())
-    assert replaced == 2
+    count = 0
+    for batch, whole in zip(found, expected, strict=True):
+        is_other = (batch["global"] != whole["global"]).flatten(1).any(dim=1)
+        assert torch.equal(batch["index"], whole["index"])
+        assert torch.equal(is_other, batch["index"] == 11)
+        assert torch.equal(batch["bad"], torch.where(is_other, 11, data.READABLE))
+        count += int(is_other.sum())
+    assert count == 2
     assert all(map(equal, found, batches_of(dataset, 0, stop=10)))  # the same ones each time
-    second.write_bytes(b"")
+
+    (folder / dataset.records[12].path).write_bytes(b"")
     with pytest.raises(InputError, match="2 of 40 photographs, over --max-bad 0.03"):
         batches_of(dataset, workers, stop=10)
+
+
+def test_a_photograph_that_takes_its_own_place_is_named_all_the_same(prepared, monkeypatch):
+    """It could not be read for a moment, and then it was drawn as its own substitute."""
+    dataset = train_set(prepared)
+    dataset.max_bad = 1.0
+    expected = dataset[(0, 5)]
+    monkeypatch.setattr(dataset, "_candidates", lambda epoch, index: [index, index])
+    read = dataset.read
+    calls = []
+
+    def read_at_second_try(index):
+        calls.append(index)
+        if len(calls) == 1:
+            raise InputError("busy")
+        return read(index)
+
+    monkeypatch.setattr(dataset, "read", read_at_second_try)
+    assert equal(dataset[(0, 5)], expected | {"bad": torch.tensor(5)})
+
+
+def test_a_folder_of_unreadable_photographs(prepared, monkeypatch):
+    dataset = train_set(prepared)
+    dataset.max_bad = 1.0
+
+    def refuse(index):
+        raise InputError("gone")
+
+    monkeypatch.setattr(dataset, "read", refuse)
+    with pytest.raises(InputError, match="of 10 photographs none can be read"):
+        dataset[(0, 5)]
 
 
 def test_substitutes_depend_on_seed_epoch_and_photograph(prepared):
     dataset = train_set(prepared)
     other = PhotographDataset(dataset.manifest, dataset.records, CROPS, seed=1)
     fewer = PhotographDataset(dataset.manifest, dataset.records[:30], CROPS)
-    keys = [(dataset, 0, 3), (dataset, 1, 3), (dataset, 0, 4), (other, 0, 3), (fewer, 0, 3)]
-    chosen = [tuple(d._candidates(epoch, index)) for d, epoch, index in keys]
-    assert len({c[1:] for c in chosen}) == 5 and all(len(c) == 10 for c in chosen)
-    assert [c[0] for c in chosen] == [3, 3, 4, 3, 3] and max(chosen[4]) < 30
-    assert tuple(dataset._candidates(0, 3)) == chosen[0]
+    drawn = set()
+    for photographs_of, epoch, index in (
+        (dataset, 0, 3),
+        (dataset, 1, 3),
+        (dataset, 0, 4),
+        (other, 0, 3),
+        (fewer, 0, 3),
+    ):
+        first, *substitutes = photographs_of._candidates(epoch, index)
+        assert first == index
+        assert len(substitutes) == 9
+        assert max(substitutes) < len(photographs_of)
+        assert [first, *substitutes] == list(photographs_of._candidates(epoch, index))
+        drawn.add(tuple(substitutes))
+    assert len(drawn) == 5
 
 
 def bad_worker(rank: int, folder: str, max_bad: float) -> None:
@@ -240,13 +352,14 @@ def bad_worker(rank: int, folder: str, max_bad: float) -> None:
     dataset.max_bad = max_bad
     sampler = StepSampler(40, 4, processes=Processes(CPU, rank, 2))
     sampler.set_range(0, 10)
-    said = []
-    utils.log.warning = lambda text, *values: said.append(text % values)
+    lines = []
+    utils.log.warning = lambda text, *values: lines.append(text % values)
     try:
-        said.append(f"{len(list(training_loader(dataset, sampler, 0, CPU)))} batches")
+        batches = list(training_loader(dataset, sampler, 0, CPU))
+        lines.append(f"{len(batches)} batches")
     except InputError as error:
-        said.append(str(error))
-    Path(folder, f"said{rank}").write_text("\n".join(said))
+        lines.append(str(error))
+    Path(folder, f"lines{rank}").write_text("\n".join(lines))
     torch.distributed.destroy_process_group()
 
 
@@ -257,17 +370,20 @@ def test_unreadable_photographs_are_counted_over_all_processes(prepared, tmp_pat
     records = train_set(folder).records
     order = np.random.default_rng((0, 0)).permutation(40)
     taken = order.reshape(5, 2, 4)  # at each step by two processes, 4 photographs each
-    victims = [int(i) for i in (taken[1, 0, 2], taken[0, 1, 0], taken[4, 1, 3])]  # 3 of 40
-    for index in victims:
-        (folder / records[index].path).write_bytes(b"")
+    unreadable = [records[index].path for index in (taken[1, 0, 2], taken[0, 1, 0], taken[4, 1, 3])]
+    for path in unreadable:
+        (folder / path).write_bytes(b"")
     torch.multiprocessing.spawn(bad_worker, (str(tmp_path), max_bad), nprocs=2)
-    said = [(tmp_path / f"said{rank}").read_text().splitlines() for rank in (0, 1)]
-    assert said[0] == said[1]  # the main process logs what any of them found
+    lines = (tmp_path / "lines0").read_text()
+    assert lines == (tmp_path / "lines1").read_text()  # each logs what any of them found
     if max_bad == 0.1:
-        assert len(said[0]) == 4 and said[0][-1] == "10 batches"
-        assert all(any(records[i].path in line for line in said[0]) for i in victims)
+        *warnings, end = lines.splitlines()
+        assert end == "10 batches" and len(warnings) == 3
+        assert sorted(path for path in unreadable for line in warnings if path in line) == sorted(
+            unreadable
+        )
     else:
-        assert "3 of 40 photographs, over --max-bad 0.05" in said[0][-1]
+        assert "3 of 40 photographs, over --max-bad 0.05" in lines.splitlines()[-1]
 
 
 def test_prepared_pictures_that_kept_their_sides_are_padded(prepared, tmp_path):
@@ -285,10 +401,46 @@ def test_prepared_pictures_that_kept_their_sides_are_padded(prepared, tmp_path):
 # --------------------------------------------------------------------------------------------- sets
 
 
-@pytest.mark.parametrize("name", ["synthetic:5", "synthetic:x", "synthetic:-20", "synth", ""])
-def test_bad_names_are_refused(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+TOO_MANY = ["9" * 20, "9" * 5000, "1000001"]
+
+
+@pytest.mark.parametrize(
+    "count", ["5", "9", "0", "x", "-20", "+20", "1e3", "20.0", "inf", "nan", " 20", *TOO_MANY]
+)
+def test_counts_of_drawn_photographs_that_are_refused(count, monkeypatch):
     monkeypatch.setattr(data, "synthetic_manifest", lambda count: pytest.fail(f"drew {count}"))
+    with pytest.raises(InputError) as caught:
+        data.open_manifest(f"synthetic:{count}")
+    message = str(caught.value)
+    assert message.startswith(f"--data synthetic:{count[:40]}")
+    assert message.endswith("expected synthetic:N with N photographs, 10 to 1000000")
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("synthetic", synthetic.SYNTHETIC_COUNT),
+        ("synthetic:", synthetic.SYNTHETIC_COUNT),
+        ("synthetic:10", 10),
+        ("synthetic:1000000", 1_000_000),
+    ],
+)
+def test_counts_of_drawn_photographs(name, count, monkeypatch):
+    asked = []
+
+    def draw(count):
+        asked.append(count)
+        return Manifest(Path("drawn"), (), True, "test")
+
+    monkeypatch.setattr(data, "synthetic_manifest", draw)
+    assert data.open_manifest(name).root == Path("drawn")
+    assert asked == [count]
+
+
+@pytest.mark.parametrize("name", ["synth", ""])
+def test_names_that_are_nothing_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError):
         data.open_manifest(name)
 
@@ -299,18 +451,22 @@ def test_files_copied_within_a_set_without_patients_stay_together(tmp_path, capl
     touch(tmp_path, *names)
     for i, name in enumerate(names):  # some of one size that are no copies
         (tmp_path / name).write_bytes(bytes([i % 40]) * (100 + i % 20))
-    rows = [f"{Path(name).stem},{i % 5}" for i, name in enumerate(names)]
+    rows = [f"{Path(name).stem},{i % GRADES}" for i, name in enumerate(names)]
     (tmp_path / "train.csv").write_text("id_code,diagnosis\n" + "\n".join(rows))
     manifest = data.open_manifest(str(tmp_path))
     split = {record.path: record.split for record in manifest.records}
     assert Counter(split.values()) == {"test": 16, "val": 6, "train": 58}
-    assert all(split[name] == split[name.replace("/a", "/b")] for name in names)
+    for name in names:
+        assert split[name] == split[name.replace("/a", "/b")]
     assert "40 photographs are copies: train_images/a00.png = train_images/b00.png" in caplog.text
 
 
 def test_patients_that_are_known_need_no_search_for_copies(tmp_path):
-    touch(tmp_path, *(f"train/{i}_{eye}.jpeg" for i in range(20) for eye in ("left", "right")))
-    rows = [f"{i}_{eye},{i % 5}" for i in range(20) for eye in ("left", "right")]
+    rows = []
+    for patient in range(20):
+        for eye in ("left", "right"):
+            touch(tmp_path, f"train/{patient}_{eye}.jpeg")
+            rows.append(f"{patient}_{eye},{patient % GRADES}")
     (tmp_path / "trainLabels.csv").write_text("image,level\n" + "\n".join(rows))
     assert not copies.same_files(data.open_manifest(str(tmp_path)))
 
@@ -324,9 +480,12 @@ def test_graded_counts(prepared, caplog):
     manifest = read_manifest(prepared)
     records = manifest.split("train")
     assert data.graded(manifest, records, "train") == records
-    some = [replace(r, grade=None) if i % 4 == 0 else r for i, r in enumerate(records)]
+    for index in range(0, 40, 4):
+        records[index] = replace(records[index], grade=None)
     with caplog.at_level("INFO", logger="ssrl"):
-        kept = data.graded(manifest, some, "train")
-    assert len(kept) == 30 and all(r.grade is not None for r in kept) and "10" in caplog.text
+        kept = data.graded(manifest, records, "train")
+    assert len(kept) == 30
+    assert all(record.grade is not None for record in kept)
+    assert "train: 10 photographs without grade are left out" in caplog.text
     with pytest.raises(InputError, match="manifest.csv.*val"):
         data.graded(manifest, [replace(r, grade=None) for r in records], "val")
