@@ -101,8 +101,9 @@ def patients_of(records: Sequence[Record]) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------- photographs as items
-# A view turns a uint8 photograph (3, h, w) and a key of whole numbers, from which it draws all that
-# is random, into named tensors. One that needs no large photographs says so by a `min_side`.
+# A view makes named tensors of a uint8 photograph (3, h, w) and a key of whole numbers, from which
+# it draws all that is random. It may have a `min_side`: the side from which photographs are large
+# enough for it.
 View = Callable[[Tensor, tuple[int, ...]], dict[str, Tensor]]
 Key = tuple[int, int]  # (epoch, index)
 
@@ -110,10 +111,10 @@ Key = tuple[int, int]  # (epoch, index)
 class PhotographDataset(Dataset):
     """Views of a manifest's records, addressed by (epoch, index), or by index in epoch 0.
 
-    An item holds what `view` makes of the photograph, and two numbers. `index` is the record's, as
-    asked for. `bad` is READABLE, or again the index, where that photograph could not be read and
-    another one took its place: the same one whenever this epoch's turn comes. This needs a
-    `max_bad` above 0; otherwise a photograph that cannot be read raises InputError.
+    An item holds what `view` makes of the photograph, and two numbers. `index` is the record's.
+    `bad` is READABLE where its photograph could be read. Otherwise another photograph takes its
+    place, the same one each time this (epoch, index) is asked for, and `bad` is the index again.
+    Nothing is replaced unless `max_bad` is above 0: the dataset then raises InputError.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class Processes:
         """Raise InputError on all processes unless `value` is the same on all."""
         if self.world == 1:
             return
-        # One exchange gives the largest value, and by the second number the smallest.
+        # One exchange for both ends: the largest of -value is minus the smallest value.
         span = torch.tensor([value, -value], device=self.device)
         dist.all_reduce(span, op=dist.ReduceOp.MAX)
         if span[0] != -span[1]:
@@ -222,8 +222,8 @@ def _survives_bf16() -> bool:
     if not hasattr(os, "fork"):
         return True
     with warnings.catch_warnings():
-        # Python warns of forking with threads, since those of the parent do not exist in the
-        # child. It multiplies once, on one thread, and ends.
+        # Python warns of forking a process that has threads, since the child has none of them. This
+        # one multiplies once, on one thread, and ends.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -276,7 +276,7 @@ def memory_advice(options: Any) -> Iterator[None]:
         shortage = r"(?i)out of memory|can't allocate memory|not enough memory|MemoryError"
         if not isinstance(error, MemoryError) and not re.search(shortage, str(error)):
             raise
-        # What costs least comes first: a smaller batch may change nothing but the speed.
+        # What changes least comes first: a smaller batch may make the very same steps.
         advice = []
         smaller_batch = _smaller_batch(options)
         if smaller_batch:
@@ -296,13 +296,13 @@ def _smaller_batch(options: Any) -> str:
     least = 1
     if options.koleo_weight:
         least = 2
-    for parts in range(2, options.batch_size // least + 1):
-        if options.batch_size % parts == 0:
-            break
-    else:
+    size = options.batch_size
+    divisors = [parts for parts in range(2, size // least + 1) if size % parts == 0]
+    if not divisors:
         return ""
 
-    advice = f"--batch-size {options.batch_size // parts}"
+    parts = divisors[0]
+    advice = f"--batch-size {size // parts}"
     # Sinkhorn, KoLeo and batch norm compare photographs of one micro-batch, and the patch objective
     # averages over its masked crops: what is learned then depends on its size.
     if (

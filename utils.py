@@ -77,7 +77,7 @@ class RunOptions:
     workers: Annotated[int, Bounds(0, 1024), tyro.conf.arg(aliases=("--num-workers",))] = (
         dataclasses.field(default_factory=lambda: min(8, os.cpu_count() or 1))
     )
-    """Processes that load photographs, for each training process; 0: none beside it."""
+    """Processes that load photographs for each one that computes; 0: it loads them itself."""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """Seed of everything random. Splits do not depend on it."""
     overwrite: bool = False
@@ -105,12 +105,12 @@ def parse(
     """
     if argv is None:
         argv = sys.argv[1:]
-    # Two that are no option of the script, so that the parser would refuse them.
+    # These two are no options of a script: the parser would refuse them.
     arguments, _ = _drop_option(argv, "--local-rank")
     arguments, config = _drop_option(arguments, "--config")
     given = {word.partition("=")[0].replace("_", "-") for word in arguments}
 
-    # Whoever names data wants the recipe for real data, not the demonstration's.
+    # Whoever names data does not want the default config, which is a demonstration.
     path = None
     if config:
         path = Path(config)
@@ -135,19 +135,25 @@ def parse(
         raise
     # Classes that do not inherit RunOptions may not have checked by themselves.
     check_bounds(options)
-
-    # `--k` without a value is a slip. An option that is empty by default may stay so.
-    for field in dataclasses.fields(options):
-        flag = flag_of(field.name)
-        is_open = field.default == () and flag not in given
-        if getattr(options, field.name) == () and not is_open:
-            raise InputError(f"{flag} has no value: give at least one, separated by blanks")
+    _refuse_empty_lists(options, given)
     return options, path
 
 
 def flag_of(name: str) -> str:
     """Return the flag of an option: "--batch-size" for "batch_size"."""
     return "--" + name.replace("_", "-")
+
+
+def _refuse_empty_lists(options: Any, given: set[str]) -> None:
+    """Raise InputError for a list without values: `--k` alone is a slip.
+
+    An option that is empty by default may stay so, where its flag is not `given`.
+    """
+    for field in dataclasses.fields(options):
+        flag = flag_of(field.name)
+        is_left_open = field.default == () and flag not in given
+        if getattr(options, field.name) == () and not is_left_open:
+            raise InputError(f"{flag} has no value: give at least one, separated by blanks")
 
 
 def _drop_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
