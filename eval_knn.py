@@ -5,6 +5,7 @@
 
 Weighted k-NN on the teacher's l2-normalised [CLS] (arXiv 2104.14294). Training photographs vote,
 test photographs are graded. Writes RUN/knn/: results.json, predictions.csv, confusion.png.
+Shapes: N test photographs, M that vote, D width, G grades.
 """
 
 from __future__ import annotations
@@ -15,33 +16,37 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
-from augment import PaperView, WholeView
-from data import DataOptions, graded, grades_of, patients_of
+from data import DataOptions, grades_of, patients_of
 from evaluation import (
+    Evaluation,
     cached_features,
     check_results,
-    describe,
     open_evaluation,
-    test_sets,
+    open_test_sets,
+    training_records,
     write_results,
 )
-from features import knn_predict
+from features import choose_view, knn_predict
 from fundus import metrics
-from fundus.manifest import Record
-from utils import RunOptions, check_options, run_main
+from fundus.manifest import Manifest, Record
+from utils import Bounds, InputError, RunOptions, run_main
 from weights import BackboneOptions
 
 HEADLINE = 15  # the paper's k
 
+Neighbours = Annotated[tuple[int, ...], Bounds(1, 1_000_000), tyro.conf.arg(aliases=("--nb-knn",))]
 
+
+# ------------------------------------------------------------------------------------------ options
 @dataclass
 class Options(BackboneOptions, DataOptions, RunOptions):
     """Weighted k-NN on frozen features."""
 
-    k: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--nb-knn",))] = (5, 10, 15, 20)
-    """Numbers of neighbours; the headline is 15's, or the last one's."""
-    temperature: float = 0.07
+    k: Neighbours = (5, 10, 15, 20)
+    """Numbers of neighbours; the headline is that of 15, or of the last one without 15."""
+    temperature: Annotated[float, Bounds(1e-3, 100)] = 0.07
     """Votes are weighted by exp(cosine similarity / temperature)."""
     protocol: Literal["whole", "paper"] = "whole"
     """The whole fundus in view, or the published one: resize to 256, middle 224, val votes too."""
@@ -50,50 +55,81 @@ class Options(BackboneOptions, DataOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self, "temperature", lambda v: v > 0, "above 0")
-        check_options(self, "k", lambda v: v and min(v) > 0, "numbers from 1")
-        if self.protocol == "paper":
-            check_options(self, "image_size", lambda v: not v, "none with --protocol paper")
+        # Refused rather than ignored, so that no number is taken for another size's.
+        if self.protocol == "paper" and self.image_size:
+            raise InputError(
+                f"--image-size {self.image_size}: expected none, since --protocol paper has its own"
+            )
+
+    @property
+    def headline(self) -> int:
+        """The k whose numbers stand for the evaluation."""
+        if HEADLINE in self.k:
+            return HEADLINE
+        return self.k[-1]
+
+
+def name_protocol(options: Options, image_size: int) -> str:
+    """Return what results.json calls the evaluation."""
+    if options.protocol == "paper":
+        return f"{options.headline}-NN, the paper's view (256, middle 224)"
+    return f"{options.headline}-NN, whole view of {image_size} px"
+
+
+# ------------------------------------------------------------------------------------- nearest ones
+def extract_cls(evaluation: Evaluation, manifest: Manifest, records: list[Record]) -> Tensor:
+    """Return the last block's [CLS] of records, (N, D)."""
+    view = choose_view(evaluation.options.protocol, evaluation.image_size)
+    return cached_features(evaluation, manifest, records, view)["cls"][:, -1]
 
 
 def evaluate(
-    votes: dict[int, torch.Tensor], records: list[Record], headline: int
+    votes: dict[int, Tensor], records: list[Record], headline: int
 ) -> tuple[metrics.Predictions, list[dict[str, Any]]]:
-    """Return the headline's predictions, and every k's metrics without intervals."""
-    predictions, by_k = {}, []
+    """Return the headline's predictions, and the metrics of every k without intervals.
+
+    `votes` are {k: (N, G)}, as knn_predict returns them for the records.
+    """
+    predictions = {}
+    by_k = []
     for k, shares in votes.items():
-        truth, patients = grades_of(records), patients_of(records)
-        table = shares.numpy()
-        predictions[k] = metrics.Predictions(truth, table.argmax(1), table, patients)
-        values = metrics.point_values(predictions[k])
-        by_k.append({"k": k} | {name: entry["value"] for name, entry in values.items()})
+        probabilities = shares.numpy()
+        predicted = probabilities.argmax(axis=1)
+        predictions[k] = metrics.Predictions(
+            grades_of(records), predicted, probabilities, patients_of(records)
+        )
+        row: dict[str, Any] = {"k": k}
+        for name, entry in metrics.point_values(predictions[k]).items():
+            row[name] = entry["value"]
+        by_k.append(row)
     return predictions[headline], by_k
 
 
-def main(o: Options, config: Path | None) -> None:
+# -------------------------------------------------------------------------------------- the program
+def main(options: Options, config: Path | None) -> None:
     """Grade the test split, and every `--test-data`."""
-    e = open_evaluation(o, "knn" if o.protocol == "whole" else "knn-paper")
-    sets = test_sets(e.manifest, o.test_data)  # before the work, so that a fault costs none
-    headline = HEADLINE if HEADLINE in o.k else o.k[-1]
-    protocol = f"{headline}-NN, {o.protocol} view of {e.image_size} px"
-    if o.protocol == "paper":
-        protocol = f"{headline}-NN, the paper's view (256, middle 224)"
-    check_results(e, sets, protocol)
-    view = WholeView(e.image_size) if o.protocol == "whole" else PaperView()
-    voters = graded(e.manifest, e.manifest.split("train"), "train")
-    if o.protocol == "paper":
-        voters += [r for r in e.manifest.split("val") if r.grade is not None]
-    bank = cached_features(e, e.manifest, voters, view)["cls"][:, -1]
-    for name, (manifest, records) in sets.items():
-        queries = cached_features(e, manifest, records, view)["cls"][:, -1]
-        bank_grades = torch.from_numpy(grades_of(voters))
-        votes = knn_predict(bank, bank_grades, queries, o.k, o.temperature)
-        predictions, by_k = evaluate(votes, records, headline)
-        data = describe(e.manifest, manifest, records)
-        output = e.output / name
-        summary = metrics.report(predictions, grades_of(voters), output, protocol)
-        results = {"protocol": protocol, "data": data, **summary, "by_k": by_k}
-        write_results(e, output, records, predictions.probabilities, results)
+    kind = "knn"
+    if options.protocol == "paper":
+        kind += "-paper"
+    evaluation = open_evaluation(options, kind)
+
+    # All that may be at fault is asked before the work, so that a fault costs none.
+    sets = open_test_sets(evaluation.manifest, options.test_data)
+    protocol = name_protocol(options, evaluation.image_size)
+    check_results(evaluation, sets, protocol)
+
+    # Test sets share one bank of voters, whose features are extracted once.
+    voters = training_records(evaluation)
+    voter_grades = grades_of(voters)
+    bank = extract_cls(evaluation, evaluation.manifest, voters)
+
+    for test_set in sets:
+        queries = extract_cls(evaluation, test_set.manifest, test_set.records)
+        votes = knn_predict(
+            bank, torch.from_numpy(voter_grades), queries, options.k, options.temperature
+        )
+        predictions, by_k = evaluate(votes, test_set.records, options.headline)
+        write_results(evaluation, protocol, test_set, predictions, voter_grades, {"by_k": by_k})
         for row in by_k:
             print(f"k {row['k']:3}: accuracy {row['accuracy']:.4f}, qwk {row['qwk'] or 0:.4f}")
 

@@ -1,27 +1,43 @@
-"""Frozen features: extracted once, cached, and judged. Shared by k-NN, linear probe and training.
+"""Frozen features of photographs, and what is read off them: k-NN votes, RankMe, signs of collapse.
 
-Shapes: N images, M bank images, D width, G = 5 grades.
+The evaluations and training share what is here. Nothing here writes files; evaluation.py does.
+Shapes: B batch, N images, M bank images, D width, G grades.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from augment import WholeView
-from data import PhotographDataset, evaluation_loader, grades_of
+from augment import PaperView, WholeView
+from data import PhotographDataset, View, evaluation_loader, grades_of
 from fundus import metrics
 from fundus.manifest import GRADES, Manifest, Record
 from utils import InputError, log
 from vision_transformer import Backbone
 
-N_BLOCKS = 4  # the most that any protocol reads
+N_BLOCKS = 4  # whose [CLS] is kept: the most that any protocol reads
+BATCH = 64  # photographs that go through the backbone at once
+QUERIES = 2048  # photographs that look for neighbours at once, which bounds the memory
+
+WATCHED = 256  # photographs at most whose embeddings training looks at between epochs
+NEIGHBOURS = 15  # that vote on val while training, as in the evaluation's headline
+
+
+# --------------------------------------------------------------------------------------- extraction
+def choose_view(protocol: str, image_size: int) -> View:
+    """Return how frozen backbones look at photographs: whole, or as published ("paper")."""
+    if protocol == "paper":
+        return PaperView()
+    return WholeView(image_size)
 
 
 @torch.inference_mode()
@@ -38,22 +54,33 @@ def extract_features(
     last; `patch` (N, D): mean patch token of the last; `color` (N, 6): the input's RGB mean and
     standard deviation, 0 to 1, against which features are held. `title` shows a progress bar.
     """
-    device, found, training = backbone.device, [], backbone.training
+    hidden = None  # a bar on terminals alone
+    if not title:
+        hidden = True
+    total = math.ceil(len(dataset) / BATCH)
+    batches = tqdm(
+        evaluation_loader(dataset, BATCH, workers), desc=title, total=total, disable=hidden
+    )
+
+    device = backbone.device
+    was_training = backbone.training
     backbone.eval()
-    batches = evaluation_loader(dataset, 64, workers)
-    total = -(-len(dataset) // 64)
-    for batch in tqdm(batches, desc=title, total=total, disable=None if title else True):
+    parts = defaultdict(list)
+    for batch in batches:
         images = batch["image"].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             cls_tokens, patch = backbone.frozen_features(backbone.normalize(images), N_BLOCKS)
+        parts["cls"].append(cls_tokens.float().cpu())  # (B, 4, D)
+        parts["patch"].append(patch.float().cpu())  # (B, D)
+
         pixels = images.float().flatten(2) / 255
         color = torch.cat([pixels.mean(dim=2), pixels.std(dim=2)], dim=1)
-        found.append([v.float().cpu() for v in (cls_tokens, patch, color)])
-    backbone.train(training)
-    names = ("cls", "patch", "color")
-    return {name: torch.cat(v) for name, v in zip(names, zip(*found, strict=True), strict=True)}
+        parts["color"].append(color.cpu())  # (B, 6)
+    backbone.train(was_training)
+    return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
 
+# --------------------------------------------------------------------------------------------- k-NN
 def knn_predict(
     bank: Tensor, bank_grades: Tensor, queries: Tensor, ks: Iterable[int], temperature: float = 0.07
 ) -> dict[int, Tensor]:
@@ -61,8 +88,7 @@ def knn_predict(
 
     `bank` (M, D) and `queries` (N, D) are l2-normalised here; `bank_grades` (M,) int64. The k most
     cosine-similar bank images vote with exp(similarity / temperature) (Wu et al., arXiv 1805.01978,
-    section 3.4, as DINO uses it). One search of the largest k serves all, in chunks of queries.
-    Raises InputError when a k is not in 1..M.
+    section 3.4, as DINO uses it). Raises InputError when a k is not in 1..M.
     """
     ks = list(dict.fromkeys(ks))
     for k in ks:
@@ -70,20 +96,23 @@ def knn_predict(
             raise InputError(
                 f"--k {k}: there are {len(bank)} graded training images; use 1 to that"
             )
-    bank = torch.nn.functional.normalize(bank, dim=1)
-    queries = torch.nn.functional.normalize(queries, dim=1)
-    votes: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for chunk in queries.split(2048):
+
+    bank = F.normalize(bank, dim=1)
+    queries = F.normalize(queries, dim=1)
+    votes = defaultdict(list)
+    for chunk in queries.split(QUERIES):
+        # One search serves every k: neighbours come sorted, so the nearest k are the first k.
         similarity, nearest = (chunk @ bank.T).topk(max(ks), dim=1)
-        weight = torch.exp((similarity - similarity[:, :1]) / temperature)  # the scale cancels
-        ballots = torch.nn.functional.one_hot(bank_grades[nearest], GRADES)
-        ballots = ballots * weight.unsqueeze(2)  # (N, k, G)
+        # Divided by the nearest one's, weights stay finite at any temperature; shares are the same.
+        weight = torch.exp((similarity - similarity[:, :1]) / temperature)
+        ballots = F.one_hot(bank_grades[nearest], GRADES) * weight.unsqueeze(2)  # (N, k, G)
         for k in ks:
-            summed = ballots[:, :k].sum(dim=1)
-            votes[k].append(summed / summed.sum(dim=1, keepdim=True))
-    return {k: torch.cat(parts) for k, parts in votes.items()}
+            total = ballots[:, :k].sum(dim=1)
+            votes[k].append(total / total.sum(dim=1, keepdim=True))
+    return {k: torch.cat(shares) for k, shares in votes.items()}
 
 
+# ------------------------------------------------------------------------------- how embeddings lie
 def rankme(features: Tensor) -> float:
     """Return RankMe, exp of the entropy of the normalised singular values of features (N, D).
 
@@ -98,7 +127,7 @@ def embedding_std(features: Tensor) -> float:
 
     Near 1 for directions spread evenly, near 0 when all images have one embedding.
     """
-    unit = torch.nn.functional.normalize(features, dim=1)
+    unit = F.normalize(features, dim=1)
     return float(unit.std(dim=0).mean() * features.shape[1] ** 0.5)
 
 
@@ -110,7 +139,9 @@ def name_collapse(measured: dict[str, float], prototypes: int) -> str:
     the last are needed: embeddings spread along one line have a healthy standard deviation.
     """
     remedy = "try --use-bn-in-head, --centering sinkhorn"
-    if measured["teacher_entropy"] > 0.98 and abs(measured["loss"] - math.log(prototypes)) < 0.05:
+    # Flat targets alone are how every training begins; with a loss of ln K nothing was learnt.
+    is_flat = measured["teacher_entropy"] > 0.98
+    if is_flat and abs(measured["loss"] - math.log(prototypes)) < 0.05:
         return f"uniform: every target is flat, loss = ln K; {remedy} or a lower --teacher-temp"
     if measured["marginal_entropy"] < 0.05:
         return f"one prototype: all photographs get the same target; {remedy} or a lower --lr"
@@ -120,19 +151,29 @@ def name_collapse(measured: dict[str, float], prototypes: int) -> str:
 
 
 class Monitor:
-    """Photographs at which training looks between epochs: up to 256 fixed ones, and val's."""
+    """Photographs that training looks at between epochs.
+
+    `fixed` are up to 256 of train, spread over it, with grades or without. `graded` are all graded
+    ones of train and of val.
+    """
 
     def __init__(self, manifest: Manifest, dtype: torch.dtype | None, workers: int) -> None:
-        self.manifest, self.how = manifest, (dtype, workers)
-        records = manifest.split("train")
-        self.fixed = records[:: max(1, len(records) // 256)][:256]
-        splits = (manifest.split(name) for name in ("train", "val"))
-        self.graded = [[r for r in split if r.grade is not None] for split in splits]
+        self.manifest = manifest
+        self.dtype = dtype
+        self.workers = workers
+        train = manifest.split("train")
+        spacing = max(1, len(train) // WATCHED)
+        self.fixed = train[::spacing][:WATCHED]
+        self.graded: list[list[Record]] = []
+        for split in (train, manifest.split("val")):
+            self.graded.append([record for record in split if record.grade is not None])
 
     def embeddings(self, backbone: Backbone, records: list[Record]) -> Tensor:
         """Return the normed [CLS] (N, D) of records, the whole photograph in view."""
-        dataset = PhotographDataset(self.manifest, records, WholeView(backbone.spec.image_size))
-        return extract_features(backbone, dataset, *self.how)["cls"][:, -1]
+        view = WholeView(backbone.spec.image_size)
+        dataset = PhotographDataset(self.manifest, records, view)
+        features = extract_features(backbone, dataset, self.dtype, self.workers)
+        return features["cls"][:, -1]
 
     def look(
         self, backbone: Backbone, epoch: int, options: Any, latest: dict[str, Any] | None = None
@@ -152,10 +193,13 @@ class Monitor:
             if collapse:
                 log.warning("epoch %d: collapse, %s", epoch, collapse)
                 record["collapse"] = collapse
+
         every = options.knn_every
         is_due = every > 0 and (epoch % every == 0 or epoch == options.epochs)
+        # Without grades in train nobody can vote, without grades in val no vote can be judged.
         if is_due and all(self.graded):
-            scores = metrics.brief(*self.knn_votes(backbone))
+            votes, grades, train_grades = self.knn_votes(backbone)
+            scores = metrics.short_scores(votes.numpy(), grades, train_grades)
             for name, value in scores.items():
                 record[f"knn_{name}"] = value
         return record
@@ -165,10 +209,10 @@ class Monitor:
 
         Fewer neighbours vote if train has fewer.
         """
-        bank, val = (self.embeddings(backbone, split) for split in self.graded)
-        known, truth = (grades_of(split) for split in self.graded)
-        votes = knn_predict(bank, torch.from_numpy(known), val, [min(15, len(bank))])
-        return *votes.values(), truth, known
-
-
-# ------------------------------------------------------------------- what evaluation scripts share
+        train, val = self.graded
+        bank = self.embeddings(backbone, train)
+        queries = self.embeddings(backbone, val)
+        train_grades = grades_of(train)
+        k = min(NEIGHBOURS, len(train))
+        votes = knn_predict(bank, torch.from_numpy(train_grades), queries, [k])
+        return votes[k], grades_of(val), train_grades

@@ -1,20 +1,22 @@
-"""What several tests of evaluation share: a small prepared folder, a small backbone."""
+"""What several tests share: a small prepared folder, a small backbone, an evaluation of both."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from evaluation import Evaluation
-from fundus.manifest import Manifest, Record, read_manifest, write_manifest
+from fundus.manifest import GRADES, Manifest, Record, read_manifest, write_manifest
 from vision_transformer import Backbone, BackboneSpec
 from weights import Weights, load_backbone
 
 PICO = BackboneSpec("vit_pico", 16, 32)
 
 
+# ----------------------------------------------------------------------------- data and backbones
 def draw_prepared(
     folder: Path, train: int = 20, val: int = 10, test: int = 10, seed: int = 0
 ) -> Manifest:
@@ -23,18 +25,31 @@ def draw_prepared(
     Grades go round 0-4; two consecutive rows of a split are two eyes of one patient. Another seed
     makes other photographs.
     """
-    rng, records = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
+    records = []
     for split, count in (("train", train), ("val", val), ("test", test)):
-        for i in range(count):
-            grade, eye = i % 5, ("left", "right")[i % 2]
-            path = f"images/{split}{i}.png"
-            base = np.array([40 * grade + 20, 200 - 30 * grade, 60])
-            noise = rng.integers(-15, 16, (40, 40, 3))
-            Image.fromarray((base + noise).clip(0, 255).astype(np.uint8)).save(folder / path)
-            patient = f"{split}-{i // 2}"
-            checksum = f"{split}{i}" + (f"-{seed}" if seed else "")
-            records.append(Record(path, grade, patient, eye, split, sha256=checksum))
+        for number in range(count):
+            name = f"{split}{number}"
+            grade = number % GRADES
+            color = np.array([40 * grade + 20, 200 - 30 * grade, 60])
+            pixels = color + rng.integers(-15, 16, (40, 40, 3))
+            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            picture.save(folder / "images" / f"{name}.png")
+
+            # Names stand for checksums, so that the files need not be read; seeds must differ.
+            checksum = name
+            if seed:
+                checksum = f"{name}-{seed}"
+            record = Record(
+                path=f"images/{name}.png",
+                grade=grade,
+                patient=f"{split}-{number // 2}",
+                eye=("left", "right")[number % 2],
+                split=split,
+                sha256=checksum,
+            )
+            records.append(record)
     write_manifest(folder, records)
     (folder / "data_report.json").write_text("{}")  # what prepared folders have
     return read_manifest(folder)
@@ -42,10 +57,12 @@ def draw_prepared(
 
 def regraded(manifest: Manifest, split: str, grade: int) -> Manifest:
     """Return the manifest with all grades of a split replaced."""
-    return replace(
-        manifest,
-        records=tuple(replace(r, grade=grade) if r.split == split else r for r in manifest.records),
-    )
+    records = []
+    for record in manifest.records:
+        if record.split == split:
+            record = replace(record, grade=grade)
+        records.append(record)
+    return replace(manifest, records=tuple(records))
 
 
 def pico(seed: int = 0, spec: BackboneSpec = PICO) -> Backbone:
@@ -58,31 +75,44 @@ def pico(seed: int = 0, spec: BackboneSpec = PICO) -> Backbone:
     return backbone
 
 
-def evaluation(options, manifest: Manifest, output: Path, seed: int = 0) -> Evaluation:
+def evaluation(options: Any, manifest: Manifest, output: Path, seed: int = 0) -> Evaluation:
     """Return what open_evaluation gives for a random backbone, without a run folder."""
-    backbone = pico(seed)
-    weights = Weights(backbone.state_dict(), PICO, f"pico{seed}.pth", f"sha-{seed}", None, {})
-    frozen = load_backbone(weights)
-    return Evaluation(options, weights, frozen, None, output, manifest, PICO.image_size)
+    state = pico(seed).state_dict()
+    weights = Weights(state, PICO, f"pico{seed}.pth", f"sha-{seed}", None, {})
+    return Evaluation(
+        options,
+        weights,
+        load_backbone(weights),
+        dtype=None,
+        output=output,
+        manifest=manifest,
+        image_size=PICO.image_size,
+    )
 
 
-def touch(root, *paths):
+# ---------------------------------------------------------------------------- folders and records
+def touch(root: Path, *paths: str) -> None:
+    """Make empty files, and the folders that they lie in."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
 
 
-def by_path(manifest):
+def by_path(manifest: Manifest) -> dict[str, Record]:
+    """Return the manifest's records by their path."""
     return {record.path: record for record in manifest.records}
 
 
-def splits_of(records):
-    return {
-        name: {r.patient for r in records if r.split == name} for name in ("train", "val", "test")
-    }
+def splits_of(records: list[Record]) -> dict[str, set[str]]:
+    """Return the patients of each split."""
+    patients: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
+    for record in records:
+        patients[record.split].add(record.patient)
+    return patients
 
 
-def assert_disjoint(records):
-    patients = splits_of(records)
-    total = len({record.patient for record in records})
-    assert sum(map(len, patients.values())) == total
+def assert_disjoint(records: list[Record]) -> None:
+    """Fail if a patient is in more than one split."""
+    everyone = {record.patient for record in records}
+    in_splits = sum(len(patients) for patients in splits_of(records).values())
+    assert in_splits == len(everyone)

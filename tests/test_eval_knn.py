@@ -12,60 +12,95 @@ import torch
 from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsClassifier
 
-import eval_knn
 import eval_linear
 import utils
+from augment import PaperView, WholeView
 from data import PhotographDataset, grades_of
 from eval_knn import Options, evaluate, main
-from features import extract_features
-from fundus.manifest import Record
+from features import extract_features, knn_predict
+from fundus.manifest import GRADES, Record
 from utils import InputError
 from weights import read_weights, save_backbone
 
 
 def records_of(grades, patients=None):
-    patients = patients or [f"p{i}" for i in range(len(grades))]
-    return [
-        Record(f"{i}.png", g, p, "", "test")
-        for i, (g, p) in enumerate(zip(grades, patients, strict=True))
-    ]
+    """Return records of these grades, of one patient each if none are named."""
+    if patients is None:
+        patients = [f"p{number}" for number in range(len(grades))]
+    records = []
+    for number, (grade, patient) in enumerate(zip(grades, patients, strict=True)):
+        records.append(Record(f"{number}.png", grade, patient, "", "test"))
+    return records
+
+
+# ----------------------------------------------------------------------------------------- options
+
+
+def test_options():
+    assert Options().k == (5, 10, 15, 20)
+    assert Options().headline == 15
+    assert Options(k=(20, 15, 3)).headline == 15
+    assert Options(k=(20, 3)).headline == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.07, 1e22, float("nan"), float("inf")])
+def test_a_temperature_that_cannot_be_is_refused(temperature):
+    with pytest.raises(InputError, match="--temperature"):
+        Options(temperature=temperature)
+
+
+@pytest.mark.parametrize("ks", [(0,), (5, -1), (5, 10**19)])
+def test_numbers_of_neighbours_that_cannot_be_are_refused(ks):
+    with pytest.raises(InputError, match="--k"):
+        Options(k=ks)
+
+
+def test_the_papers_protocol_has_its_own_image_size():
+    with pytest.raises(InputError, match="--image-size"):
+        Options(protocol="paper", image_size=224)
+
+
+def test_test_data_without_a_folder_is_refused():
+    with pytest.raises(InputError, match="--test-data has no value"):
+        utils.parse(Options, ["--test-data", "--pretrained", "anything"])
+
+
+# ----------------------------------------------------------------------------------------- metrics
 
 
 def test_every_k_has_its_metrics_and_the_headline_its_predictions():
     truth = [0, 1, 2, 3, 4, 0]
-    near, far = torch.eye(5)[truth], torch.eye(5)[[0] * 6]
-    predictions, by_k = evaluate({15: near, 5: far}, records_of(truth, list("aabbcc")), 5)
+    records = records_of(truth, list("aabbcc"))
+    right = torch.eye(GRADES)[truth]
+    always_0 = torch.eye(GRADES)[[0] * 6]
+    predictions, by_k = evaluate({15: right, 5: always_0}, records, 5)
     assert [row["k"] for row in by_k] == [15, 5]
     assert by_k[0]["accuracy"] == by_k[0]["qwk"] == by_k[0]["macro_auroc"] == 1
-    assert by_k[1]["accuracy"] == pytest.approx(1 / 3) and by_k[1]["qwk"] == pytest.approx(0)
+    assert by_k[1]["accuracy"] == pytest.approx(1 / 3)
+    assert by_k[1]["qwk"] == pytest.approx(0)
+
     assert predictions.predicted.tolist() == [0] * 6, "the headline is k = 5 here"
     assert predictions.grades.tolist() == truth
     assert predictions.patients.tolist() == list("aabbcc")
-    assert np.array_equal(predictions.probabilities, far.numpy())
-    assert evaluate({15: near, 5: far}, records_of(truth), 15)[0].predicted.tolist() == truth
+    assert np.array_equal(predictions.probabilities, always_0.numpy())
+    predictions, _ = evaluate({15: right, 5: always_0}, records, 15)
+    assert predictions.predicted.tolist() == truth
 
 
 def test_undefined_metrics_of_a_k_are_none():
-    _, (row,) = evaluate({5: torch.eye(5)[[1, 1]]}, records_of([1, 1]), 5)
-    assert row["accuracy"] == 1 and row["qwk"] is None and row["recall_4"] is None
+    votes = torch.eye(GRADES)[[1, 1]]
+    _, (row,) = evaluate({5: votes}, records_of([1, 1]), 5)
+    assert row["accuracy"] == 1
+    assert row["qwk"] is None and row["recall_4"] is None
     json.dumps(row, allow_nan=False)
 
 
-def test_options():
-    assert Options().k == (5, 10, 15, 20) and eval_knn.HEADLINE == 15
-    for temperature in (0.0, -0.07):
-        with pytest.raises(InputError, match="--temperature"):
-            Options(temperature=temperature)
-
-
-def test_a_temperature_that_is_no_number_is_refused():
-    with pytest.raises(InputError, match="--temperature"):
-        Options(temperature=float("nan"))
+# ------------------------------------------------------------------------------------- the program
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A prepared folder and a run of random weights on it."""
+    """A run of random weights, and the manifest of the prepared folder that it names."""
     folder = tmp_path_factory.mktemp("runs") / "random"
     manifest = helpers.draw_prepared(folder.parent / "set", train=40, test=20)
     folder.mkdir()
@@ -76,73 +111,81 @@ def run(tmp_path_factory):
 
 
 def options_of(run, **changed):
-    values = {"pretrained": str(run[0]), "device": "cpu", "precision": "fp32", "workers": 0}
-    return Options(**(values | changed))
+    folder, _ = run
+    values = {"pretrained": str(folder), "device": "cpu", "precision": "fp32", "workers": 0}
+    return Options(**{**values, **changed})
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def embeddings_of(manifest, records, view):
+    """Return the [CLS] (N, D) of the run's weights."""
+    dataset = PhotographDataset(manifest, records, view)
+    return extract_features(helpers.pico(), dataset)["cls"][:, -1]
 
 
 @pytest.mark.parametrize("ks, headline", [((3, 15, 20), 15), ((20, 3), 3)])
 def test_the_program_grades_as_scikit_learn_does(run, ks, headline, capsys):
     folder, manifest = run
     main(options_of(run, k=ks, overwrite=True), None)
-    found = json.loads((folder / "knn" / "results.json").read_text())
-    backbone = helpers.pico()
-    sets = {}
-    for split in ("train", "test"):
-        dataset = PhotographDataset(manifest, manifest.split(split), eval_knn.WholeView(32))
-        sets[split] = extract_features(backbone, dataset)["cls"][:, -1].double().numpy()
-    truth = grades_of(manifest.split("test"))
-    assert [row["k"] for row in found["by_k"]] == list(ks)
-    for row in found["by_k"]:
+    results = read_results(folder / "knn")
+    train = manifest.split("train")
+    test = manifest.split("test")
+    bank = embeddings_of(manifest, train, WholeView(32)).double().numpy()
+    queries = embeddings_of(manifest, test, WholeView(32)).double().numpy()
+    truth = grades_of(test)
+
+    assert [row["k"] for row in results["by_k"]] == list(ks)
+    for row in results["by_k"]:
         reference = KNeighborsClassifier(
-            row["k"], metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)
-        ).fit(sets["train"], grades_of(manifest.split("train")))
-        expected = reference.predict(sets["test"])
+            row["k"], metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        )
+        expected = reference.fit(bank, grades_of(train)).predict(queries)
         assert row["accuracy"] == pytest.approx(sk.accuracy_score(truth, expected))
         if row["k"] == headline:
-            assert found["metrics"]["accuracy"]["value"] == row["accuracy"]
-            assert found["confusion"] == sk.confusion_matrix(truth, expected).tolist()
-    assert found["protocol"].startswith(f"{headline}-NN") and "32 px" in found["protocol"]
-    assert found["data"]["train"]["images"] == 40 and found["data"]["test"]["images"] == 20
-    assert found["majority"]["accuracy"] == pytest.approx(0.2)
+            assert results["metrics"]["accuracy"]["value"] == row["accuracy"]
+            assert results["confusion"] == sk.confusion_matrix(truth, expected).tolist()
+
+    assert results["protocol"] == f"{headline}-NN, whole view of 32 px"
+    assert results["data"]["train"]["images"] == 40
+    assert results["data"]["test"]["images"] == 20
+    assert results["majority"]["accuracy"] == pytest.approx(0.2)
     assert f"k {headline:3}" in capsys.readouterr().out
 
 
 def test_the_papers_protocol_lets_val_vote(run):
     folder, manifest = run
     main(options_of(run, k=(1, 50), protocol="paper"), None)
-    found = json.loads((folder / "knn-paper" / "results.json").read_text())
-    assert "the paper's view" in found["protocol"] and found["by_k"][1]["k"] == 50
+    results = read_results(folder / "knn-paper")
+    assert results["protocol"] == "50-NN, the paper's view (256, middle 224)"
+
+    voters = manifest.split("train") + manifest.split("val")
+    bank = embeddings_of(manifest, voters, PaperView())
+    queries = embeddings_of(manifest, manifest.split("test"), PaperView())
+    votes = knn_predict(bank, torch.from_numpy(grades_of(voters)), queries, [1, 50])
+    truth = grades_of(manifest.split("test"))
+    for row in results["by_k"]:
+        right = votes[row["k"]].argmax(dim=1).numpy() == truth
+        assert row["accuracy"] == pytest.approx(right.mean())
+
     with pytest.raises(InputError, match="--k 51: there are 50"):
         main(options_of(run, k=(51,), protocol="paper"), None)
     with pytest.raises(InputError, match="--k 41: there are 40"):
         main(options_of(run, k=(41,)), None)
 
 
-def test_further_sets_are_tested_on_whole(run, tmp_path):
-    helpers.draw_prepared(tmp_path / "other", train=10, val=5, test=5)
-    rows = (tmp_path / "other" / "manifest.csv").read_text()
-    names = {f",{split}{i}\n": f",o{split}{i}\n" for split in ("train", "val") for i in range(10)}
-    for old, new in names.items():
-        rows = rows.replace(old, new)
-    (tmp_path / "other" / "manifest.csv").write_text(rows)
-    main(options_of(run, k=(3,), test_data=(str(tmp_path / "other"),)), None)
-    found = json.loads((run[0] / "knn" / "other" / "results.json").read_text())
-    assert found["data"]["test"]["images"] == 20 and found["data"]["test_path"] == "other"
-
-
-def test_results_of_other_weights_are_not_replaced_unless_asked(run, tmp_path):
-    folder, manifest = run
-    output = str(tmp_path / "here")
-    main(options_of(run, k=(3,), output_dir=output), None)
-    save_backbone(helpers.pico(1), tmp_path / "other.safetensors", {"data": str(manifest.root)})
-    other = {"pretrained": str(tmp_path / "other.safetensors"), "output_dir": output, "k": (3,)}
-    before = (tmp_path / "here" / "results.json").read_text()
-    with pytest.raises(InputError, match="--overwrite"):
-        main(options_of(run, **other), None)
-    assert (tmp_path / "here" / "results.json").read_text() == before
-    main(options_of(run, **other, overwrite=True), None)
-    found = json.loads((tmp_path / "here" / "results.json").read_text())
-    assert found["backbone"]["sha256"] == read_weights(str(tmp_path / "other.safetensors")).sha256
+def test_the_temperature_is_the_votes(run, tmp_path):
+    _, manifest = run
+    main(options_of(run, k=(20,), temperature=0.5, output_dir=str(tmp_path)), None)
+    train = manifest.split("train")
+    bank = embeddings_of(manifest, train, WholeView(32))
+    queries = embeddings_of(manifest, manifest.split("test"), WholeView(32))
+    votes = knn_predict(bank, torch.from_numpy(grades_of(train)), queries, [20], 0.5)[20]
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()[1:]
+    for line, shares in zip(lines, votes.tolist(), strict=True):
+        assert [float(text) for text in line.split(",")[5:]] == pytest.approx(shares, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [40, -32])
@@ -151,15 +194,48 @@ def test_an_image_size_that_the_patch_does_not_divide_is_refused(run, size, tmp_
         main(options_of(run, image_size=size, output_dir=str(tmp_path), k=(3,)), None)
 
 
-def other_sets(run, tmp_path):
-    """Two prepared folders of one name, whose photographs are not the run's."""
+# ------------------------------------------------------------------------- results that are there
+
+
+def other_sets(tmp_path):
+    """Return two prepared folders of one name, whose photographs are not the run's."""
+    paths = []
     for place, seed in (("a", 7), ("b", 8)):
-        helpers.draw_prepared(tmp_path / place / "test", train=1, val=1, test=5, seed=seed)
-        yield str(tmp_path / place / "test")
+        folder = tmp_path / place / "test"
+        helpers.draw_prepared(folder, train=1, val=1, test=5, seed=seed)
+        paths.append(str(folder))
+    return paths
+
+
+def test_further_sets_are_tested_on_whole(run, tmp_path):
+    folder, _ = run
+    other = helpers.draw_prepared(tmp_path / "other", train=10, val=5, test=5, seed=9)
+    main(options_of(run, k=(3,), test_data=(str(other.root),), overwrite=True), None)
+    results = read_results(folder / "knn" / "other")
+    assert results["data"]["test"]["images"] == 20
+    assert results["data"]["test_path"] == "other"
+    assert results["data"]["test_fingerprint"] == other.fingerprint
+    assert results["data"]["train"]["images"] == 40, "nothing but the test is of the other set"
+
+
+def test_results_of_other_weights_are_not_replaced_unless_asked(run, tmp_path):
+    _, manifest = run
+    output = tmp_path / "here"
+    main(options_of(run, k=(3,), output_dir=str(output)), None)
+    before = (output / "results.json").read_text()
+
+    path = str(tmp_path / "other.safetensors")
+    save_backbone(helpers.pico(1), tmp_path / "other.safetensors", {"data": str(manifest.root)})
+    other = {"pretrained": path, "output_dir": str(output), "k": (3,)}
+    with pytest.raises(InputError, match="--overwrite"):
+        main(options_of(run, **other), None)
+    assert (output / "results.json").read_text() == before
+    main(options_of(run, **other, overwrite=True), None)
+    assert read_results(output)["backbone"]["sha256"] == read_weights(path).sha256
 
 
 def test_results_of_another_test_set_of_that_name_are_not_replaced(run, tmp_path):
-    first, second = other_sets(run, tmp_path)
+    first, second = other_sets(tmp_path)
     here = {"k": (3,), "output_dir": str(tmp_path / "out")}
     main(options_of(run, **here, test_data=(first,)), None)
     main(options_of(run, **here, test_data=(first,)), None)  # the same again
@@ -173,12 +249,9 @@ def test_results_of_another_test_set_of_that_name_are_not_replaced(run, tmp_path
 
 
 def test_results_of_the_linear_probe_are_not_replaced(run, tmp_path):
-    here = {"output_dir": str(tmp_path / "out"), "pretrained": str(run[0]), "device": "cpu"}
-    eval_linear.main(eval_linear.Options(**here, epochs=1, workers=0, precision="fp32"), None)
+    folder, _ = run
+    here = {"output_dir": str(tmp_path / "out"), "pretrained": str(folder), "device": "cpu"}
+    probe = eval_linear.Options(**here, epochs=1, workers=0, precision="fp32")
+    eval_linear.main(probe, None)
     with pytest.raises(InputError, match="another protocol"):
         main(options_of(run, k=(3,), output_dir=here["output_dir"]), None)
-
-
-def test_test_data_without_a_folder_is_refused(run):
-    with pytest.raises(InputError, match="--test-data has no value"):
-        utils.parse(Options, ["--test-data", "--pretrained", str(run[0])])
