@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fundus.manifest import Record, write_manifest
+from fundus.manifest import GRADES, Record, write_manifest
 from fundus.synthetic import DrawnEye, draw_photograph
 from utils import sha256_of
 
@@ -41,10 +41,11 @@ def own_home(tmp_path_factory):
 @pytest.fixture
 def handlers():
     """Put back the handlers that SSRL.train installs in this process."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    of_terminate = signal.getsignal(signal.SIGTERM)
+    of_interrupt = signal.getsignal(signal.SIGINT)
     yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGTERM, of_terminate)
+    signal.signal(signal.SIGINT, of_interrupt)
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +57,11 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "images").mkdir()
     records = []
-    for patient in range(30):
-        split = "train" if patient < 20 else "val" if patient < 25 else "test"
+    splits = ["train"] * 20 + ["val"] * 5 + ["test"] * 5
+    for patient, split in enumerate(splits):
+        name = f"p{patient:02d}"
+        grade = patient % GRADES
         for number, eye in enumerate(("left", "right")):
-            name, grade = f"p{patient:02d}", patient % 5
             frame, _ = draw_photograph(DrawnEye(name, eye, grade, (9, patient, number)), SIDE)
             path = folder / "images" / f"{name}_{eye}.jpg"
             Image.fromarray(frame).resize((SIDE, SIDE)).save(path, quality=95)
@@ -81,7 +83,7 @@ def photograph():
 
 @pytest.fixture
 def tiny(prepared, tmp_path, monkeypatch):
-    """A function that returns training options of seconds, changed as told; runs under tmp_path."""
+    """A function that returns options of a short training, some changed; runs under tmp_path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # seconds to import
 
@@ -121,8 +123,10 @@ def tiny_values(folder):
 
 def tiny_flags(folder, **changed):
     """The same options as command-line arguments."""
-    values = tiny_values(folder) | changed
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    words = []
+    for name, value in (tiny_values(folder) | changed).items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 def child_environment(**changed):

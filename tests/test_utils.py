@@ -239,6 +239,7 @@ def test_options_left_open_are_not_dumped(tmp_path):
     path = yaml_file(tmp_path, text.replace("grades: {}\n", ""))
     assert parse(Bounded, ["--config", str(path)])[0] == Bounded(epochs=3)
     assert "mean:\n- 0.5\n" in utils.dump_options(Bounded(mean=(0.5,)))
+    assert "k: []\n" in utils.dump_options(Bounded(k=()))  # reading must not take the default
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "configs").glob("*.yaml")), ids=lambda p: p.name)
