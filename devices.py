@@ -313,13 +313,3 @@ def _smaller_batch(options: Any) -> str:
     ):
         return f"{advice}, which makes other steps"
     return f"{advice} --accumulate {options.accumulate * parts}, which makes the same steps"
-
-
-def pick_device(name: str, local_rank: int = 0) -> torch.device:  # a name that callers are leaving
-    device = choose_device(name, local_rank)
-    use_fast_matmul(device)
-    return device
-
-
-def speed_up_matmul() -> None:  # a name that callers are leaving
-    use_fast_matmul(torch.device("cpu"))

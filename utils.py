@@ -464,10 +464,3 @@ def linear_schedule(step: float, total: float, start: float, end: float) -> floa
     if step >= total:
         return end
     return start + (end - start) * step / total
-
-
-def check_options(options: Any, names: str, fits: Any, expected: str) -> None:
-    """Raise InputError for the first of the options `names` whose value does not fit."""
-    for name in names.split():  # a name that callers are leaving
-        if not fits(getattr(options, name)):
-            raise InputError(f"{flag_of(name)} {getattr(options, name)}: expected {expected}")
