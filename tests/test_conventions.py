@@ -7,6 +7,7 @@ import io
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,28 @@ def test_every_option_has_help(name, monkeypatch):
         entry = told["--" + field.replace("_", "-")]
         values = r"\((default|required).*|--?[\w-]+|\{.*?\}|[A-Z]{2,}"
         assert re.search("[a-z]{4}", re.sub(values, " ", entry)), entry
+
+
+def number_of(kind):
+    """The type of number that an annotation holds, in a tuple or dict too; None for others."""
+    if kind in (int, float):
+        return kind
+    inner = [number_of(part) for part in typing.get_args(kind) if part is not ...]
+    return next((found for found in inner if found), None)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_number_among_the_options_has_bounds(name):
+    """Finite ones, so that no number that cannot be reaches what is built from it."""
+    hints = typing.get_type_hints(options_class(name), include_extras=True)
+    bounded = 0
+    for field, hint in hints.items():
+        if number_of(typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint):
+            bounds = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, utils.Bounds)]
+            assert len(bounds) == 1, field
+            assert -1e12 < bounds[0].low < bounds[0].high < 1e12, field
+            bounded += 1
+    assert bounded >= 2
 
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("configs/*.yaml")), ids=name_of)
