@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pathlib
+import pickle
+import random
 import subprocess
 import sys
 import time
@@ -420,6 +422,107 @@ def test_code_is_refused(tmp_path, monkeypatch, content):
     with pytest.raises(InputError, match="evil.pth: holds more than weights and is refused"):
         load_torch(path)
     assert not Path("ran").exists() and Path("victim").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("ran.txt"),)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"teacher": {"w": torch.ones(2)}, "args": Evil()}, "new.pth")
+    torch.save({"args": Evil()}, "old.pth", _use_new_zipfile_serialization=False)
+    Path("plain.pth").write_bytes(pickle.dumps(Evil()))
+    for name in ("new.pth", "old.pth", "plain.pth"):
+        with pytest.raises(InputError, match=name):
+            load_torch(Path(name))
+    assert not Path("ran.txt").exists()
+    torch.load("new.pth", weights_only=False)
+    assert Path("ran.txt").exists()  # it would have
+
+
+def test_files_of_dino_load(tmp_path):
+    arguments = argparse.Namespace(arch="vit_small", lr=5e-4, scale=(0.4, 1.0), clip=None)
+    content = {
+        "student": {"module.w": torch.arange(3.0)},
+        "args": arguments,
+        "epoch": 3,
+        "loss": np.float64(1.5),
+        "accuracy": np.float32(0.5),
+        "count": np.int64(4),
+    }
+    path = tmp_path / "dino.pth"
+    torch.save(content, path)
+    older = tmp_path / "older.pth"  # as numpy 1 names its scalars
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(older, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"numpy._core.", b"numpy.core."))
+    torch.save(content, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    for file in (path, older, tmp_path / "legacy.pth"):
+        loaded = load_torch(file)
+        assert loaded["args"] == arguments and loaded["epoch"] == 3
+        assert (loaded["loss"], loaded["accuracy"], loaded["count"]) == (1.5, 0.5, 4)
+        torch.testing.assert_close(loaded["student"]["module.w"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 600, -1])
+def test_cut_off_files_are_named(tmp_path, kept):
+    path = tmp_path / "cut.pth"
+    torch.save({"w": torch.arange(200.0)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match="cut.pth"):
+        load_torch(path)
+
+
+@pytest.mark.parametrize("text", ["<!DOCTYPE html>", "version https://git-lfs.github.com/spec/v1"])
+def test_what_is_no_weights_is_not_called_dangerous(tmp_path, text):
+    path = tmp_path / "page.pth"
+    path.write_text(text)
+    with pytest.raises(InputError, match="page.pth") as caught:
+        load_torch(path)
+    assert "run its code" not in str(caught.value)
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with pytest.raises(InputError, match=path.name):
+            load_torch(path)
+
+
+def test_flipped_bits_are_found(tmp_path):
+    path, rng = tmp_path / "flipped.pth", random.Random(0)
+    tensor = torch.arange(50.0)
+    torch.save({"w": tensor, "step": 3}, path)
+    good = path.read_bytes()
+    refused = 0
+    for _ in range(400):
+        data = bytearray(good)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            loaded = load_torch(path)
+        except InputError as error:
+            assert "flipped.pth" in str(error)
+            refused += 1
+        else:  # a bit that means nothing
+            assert loaded["step"] == 3 and torch.equal(loaded["w"], tensor)
+    assert refused > 50
+
+
+def test_failing_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    save_torch({"step": 1}, path)
+
+    def full(state, target):
+        Path(target).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        save_torch({"step": 2}, path)
+    assert load_torch(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
 # ------------------------------------------------------------------------------------- the progress
