@@ -173,7 +173,9 @@ def build_networks(
     """
     weights = None
     if saved_spec is None and options.init != "none":
-        weights = read_weights(options.init, options.checkpoint_key, arch=options.arch)
+        # An --arch that was not chosen for this --init does not say how many heads it has.
+        said = options.arch if options.is_meant_for("arch", "init") else ""
+        weights = read_weights(options.init, options.checkpoint_key, arch=said)
     spec = saved_spec
     if spec is None:
         used_to = vit.BackboneSpec(options.arch, options.patch_size, options.global_crop_size)

@@ -22,6 +22,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -85,8 +86,20 @@ class RunOptions:
     debug: bool = False
     """Show the traceback of errors that are otherwise one message."""
 
+    # Flags by where they were given, which `parse` notes: 1 in the config file, 2 in the command.
+    # Without a type it is no option.
+    given = MappingProxyType({})
+
     def __post_init__(self) -> None:
         check_bounds(self)
+
+    def is_meant_for(self, name: str, other: str) -> bool:
+        """Return whether an option was chosen knowing another: given where that was, or later.
+
+        False for a default beside a flag, and for a value of a config file beside a flag that
+        overrides the file. Options made in Python are meant for each other.
+        """
+        return self.given.get(flag_of(name), 0) >= self.given.get(flag_of(other), 0)
 
 
 # --------------------------------------------------------------------------------- reading options
@@ -108,7 +121,7 @@ def parse(
     # These two are no options of a script: the parser would refuse them.
     arguments, _ = _drop_option(argv, "--local-rank")
     arguments, config = _drop_option(arguments, "--config")
-    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    given = _flags_in(arguments)
 
     # Whoever names data does not want the default config, which is a demonstration.
     path = None
@@ -136,7 +149,17 @@ def parse(
     # Classes that do not inherit RunOptions may not have checked by themselves.
     check_bounds(options)
     _refuse_empty_lists(options, given)
+    options.given = dict.fromkeys(_flags_in(from_file), 1) | dict.fromkeys(given, 2)
     return options, path
+
+
+def _flags_in(words: list[str]) -> set[str]:
+    """Return the flags among a command's words, with dashes: "--batch-size"."""
+    flags = set()
+    for word in words:
+        if word.startswith("--"):
+            flags.add(word.partition("=")[0].replace("_", "-"))
+    return flags
 
 
 def flag_of(name: str) -> str:
@@ -336,7 +359,9 @@ def shorten(value: Any) -> str:
 def plain_options(options: Any) -> dict[str, Any]:
     """Return the options that describe a run, lists for tuples; without those of one call alone."""
     plain = {}
-    for name, value in vars(options).items():
+    for field in dataclasses.fields(options):
+        name = field.name
+        value = getattr(options, name)
         if isinstance(value, tuple):  # YAML and JSON know lists alone
             value = list(value)
         if name not in OF_ONE_CALL:

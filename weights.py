@@ -733,8 +733,10 @@ def load_weights(backbone: Backbone, weights: Weights) -> None:
     spec = backbone.spec
     differences = _list_differences(state, own)
     if differences:
-        name = f"{spec.arch}, patch {spec.patch_size}"
-        raise InputError(f"{weights.path}: does not fit {name}{differences}")
+        asked = f"--arch {spec.arch} --patch-size {spec.patch_size}"
+        its_own = f"--arch {weights.spec.arch} --patch-size {weights.spec.patch_size}"
+        expected = f"; expected {its_own}" if its_own != asked else ""
+        raise InputError(f"{weights.path}: does not fit {asked}{expected}{differences}")
     _check_same(weights.spec, spec, weights.path)
     backbone.load_state_dict(state)
 

@@ -13,11 +13,12 @@ import torch
 from torch.utils.data import default_collate
 
 import SSRL
+import utils
 from augment import MultiCrop, apply_color, color_views
 from data import PhotographDataset, StepSampler, open_manifest
 from devices import Processes
 from run_folder import RunFolder
-from utils import Diverged
+from utils import Diverged, InputError
 from vision_transformer import IMAGENET_MEAN, IMAGENET_STD
 
 ONE = Processes(torch.device("cpu"))
@@ -280,6 +281,28 @@ def test_any_vit_of_timm_trains(tiny, arch):
     for network in ("student", "teacher"):
         name = f"/{network}/backbone.patch_embed.proj.weight"
         assert not torch.equal(before[name], now[name])
+
+
+def test_the_default_arch_does_not_say_how_many_heads_an_init_has(tmp_path):
+    """Widths of 6 and 12 heads are the same: whoever names bare weights has to say which it is."""
+    path = tmp_path / "bare.pth"
+    spec = SSRL.vit.BackboneSpec("vit_small_h12", 16, 32)
+    torch.save(SSRL.vit.Backbone(spec).vit.state_dict(), path)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"arch: vit_small\ninit: {path}\n")
+
+    def initialise(*argv):
+        options, _ = utils.parse(SSRL.Options, ["--data", "d", *argv])
+        return SSRL.build_networks(options)[0].backbone.spec.arch
+
+    bare = ["--init", str(path)]
+    asked = r"expected --arch vit_small \(6 heads\) or vit_small_h12 \(12 heads\)"
+    for argv in (bare, ["--config", "configs/eyepacs_vits16.yaml", *bare]):
+        with pytest.raises(InputError, match=asked):
+            initialise(*argv)
+    assert initialise(*bare, "--arch", "vit_small_h12") == "vit_small_h12"
+    assert initialise(*bare, "--arch=vit_small") == "vit_small"
+    assert initialise("--config", str(config)) == "vit_small", "a file may choose both"
 
 
 def test_koleo_wants_a_neighbour(tiny):

@@ -212,6 +212,25 @@ def test_default_config_stands_in_for_config_and_data(tmp_path):
     )
 
 
+def test_where_an_option_was_given_shows_what_it_is_meant_for(tmp_path):
+    training = options_of("SSRL")
+    path = str(yaml_file(tmp_path, "lr: 7\nbatch_size: 3\n"))
+    for argv, meant in (
+        ([], True),  # both are defaults
+        (["--seed", "1"], False),
+        (["--lr", "7"], True),
+        (["--lr=7", "--seed", "1"], True),
+        (["--config", path], True),
+        (["--config", path, "--seed", "1"], False),
+        (["--config", path, "--seed", "1", "--lr", "2"], True),
+    ):
+        options = parse(training, argv)[0]
+        assert options.is_meant_for("lr", "seed") is meant, argv
+    options = parse(training, ["--batch_size", "3", "--num-workers", "1"])[0]
+    assert not options.is_meant_for("lr", "batch_size"), "with either spelling of a name"
+    assert training(seed=1).is_meant_for("lr", "seed"), "made in Python"
+
+
 def test_yaml_may_leave_required_options_to_flags(tmp_path):
     path = yaml_file(tmp_path, "size: 7\n")
     assert parse(Needy, ["--config", str(path), "--source", "s"])[0] == Needy("s", 7)
