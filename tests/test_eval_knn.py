@@ -8,7 +8,9 @@ import json
 import helpers
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -20,6 +22,7 @@ from eval_knn import Options, evaluate, main
 from features import extract_features, knn_predict
 from fundus.manifest import GRADES, Record
 from utils import InputError
+from vision_transformer import ARCHS, Architecture, BackboneSpec
 from weights import read_weights, save_backbone
 
 
@@ -153,6 +156,50 @@ def test_the_program_grades_as_scikit_learn_does(run, ks, headline, capsys):
     assert results["data"]["test"]["images"] == 20
     assert results["majority"]["accuracy"] == pytest.approx(0.2)
     assert f"k {headline:3}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, changes, patch",
+    [
+        ("vit_small_patch14_reg4_dinov2", {}, 14),
+        ("vit_small_patch16_dinov3", {}, 16),
+        ("vit_base_patch16_224", {}, 16),
+        ("vit_small_patch16_224", {"num_heads": 12}, 16),
+    ],
+)
+def test_any_vit_of_timm_votes_as_timms_own_features(
+    run, tmp_path, monkeypatch, name, changes, patch
+):
+    """Two blocks of each; the votes are those of a network that timm makes and fills alone."""
+    _, manifest = run
+    monkeypatch.setitem(ARCHS, "short", Architecture(name, {**changes, "depth": 2}))
+    spec = BackboneSpec("short", patch, 2 * patch)
+    backbone = helpers.pico(spec=spec)
+    save_backbone(backbone, tmp_path / "backbone.safetensors", {"data": str(manifest.root)})
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    main(options_of((tmp_path, manifest), k=(9,)), None)
+
+    sizes = {"depth": 2, "patch_size": patch, "img_size": 2 * patch}
+    network = timm.create_model(name, num_classes=0, **changes, **sizes).eval()
+    network.load_state_dict(load_file(tmp_path / "backbone.safetensors"))
+    mean = torch.tensor(spec.mean)[:, None, None]
+    std = torch.tensor(spec.std)[:, None, None]
+    embeddings = {}
+    for split in ("train", "test"):
+        dataset = PhotographDataset(manifest, manifest.split(split), WholeView(2 * patch))
+        images = torch.stack([dataset[number]["image"] for number in range(len(dataset))])
+        with torch.inference_mode():
+            tokens = network.forward_features((images / 255 - mean) / std)
+        embeddings[split] = tokens[:, 0].double().numpy()  # the normed [CLS]
+    reference = KNeighborsClassifier(
+        9, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
+    reference.fit(embeddings["train"], grades_of(manifest.split("train")))
+    expected = reference.predict_proba(embeddings["test"])
+    lines = (tmp_path / "knn" / "predictions.csv").read_text().splitlines()[1:]
+    found = [[float(text) for text in line.split(",")[5:]] for line in lines]
+    assert np.abs(np.array(found) - expected).max() < 1e-4
+    assert expected.std(axis=0).max() > 0.1, "photographs differ"
 
 
 def test_the_papers_protocol_lets_val_vote(run):
