@@ -23,6 +23,7 @@ Shapes: B batch, V views, K prototypes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from dataclasses import replace
 from functools import partial
@@ -69,8 +70,9 @@ CLIP = 3.0
 def batch_of_crops(folder: Path, options: SSRL.Options) -> CropBatch:
     """Return the crops of a batch on the device, as training makes them."""
     dataset = dataset_of(measure.photographs_in(folder), prepared=True, options=options)
-    # With fewer photographs than a batch takes, some come several times.
-    items = [dataset[0, i % len(dataset)] for i in range(options.batch_size)]
+    items = [dataset[0, i] for i in range(min(len(dataset), options.batch_size))]
+    # With fewer photographs than a batch takes, their crops come several times.
+    items = list(itertools.islice(itertools.cycle(items), options.batch_size))
     device = torch.device(options.device)
     return color_views(default_collate(items), device, IMAGENET_MEAN, IMAGENET_STD)
 
@@ -326,26 +328,27 @@ def compare_steps(folder: Path, options: SSRL.Options, rounds: int, threads: int
     }
 
 
-def find_largest_batch(folder: Path, options: SSRL.Options) -> dict[str, Any]:
-    """Return the largest batch, of doublings of 20, that fits the GPU, its speed and memory."""
+def find_largest_batch(
+    folder: Path, options: SSRL.Options, products_alone_s: float
+) -> dict[str, Any]:
+    """Return the largest batch, of doublings of 20, that fits the GPU, its speed and memory.
+
+    `products_alone_s` are the seconds that the matrix products of one photograph take.
+    """
     result: dict[str, Any] = {}
     for doubling in range(8):
         batch_size = 20 * 2**doubling
         larger = replace(options, batch_size=batch_size)
-        sides = {
-            "products": partial(products_alone, larger),
-            "ours": partial(our_step, folder, larger),
-        }
         try:
+            sides: dict[str, Side] = {"ours": partial(our_step, folder, larger)}
             times, memory = measure.alternate_apart(sides, 5, 1, options.device)
         except EOFError:  # the side ran out of memory, and said so
             break
         seconds = statistics.median(times["ours"])
-        products_alone_s = statistics.median(times["products"])
         result = {
             "batch": batch_size,
             "images_per_s": round(batch_size / seconds, 1),
-            "share_of_product_rate": round(products_alone_s / seconds, 3),
+            "share_of_product_rate": round(batch_size * products_alone_s / seconds, 3),
             "memory_MB": memory["ours"],
         }
     return result
@@ -381,6 +384,8 @@ def main() -> None:
     devices.use_fast_matmul(device)
     base = SSRL.Options(init="none", device=arguments.device, freeze_last_layer=0)
     cases = CUDA_CASES if arguments.device == "cuda" else CPU_CASES
+    name = f"step-{arguments.device}"
+    measured: dict[str, SSRL.Options] = {}
     results: dict[str, Any] = {}
     for arch, patch_size, batch_size, precision in cases:
         if precision == "bf16" and devices.autocast_dtype("auto", device) is None:
@@ -388,12 +393,13 @@ def main() -> None:
         options = replace(
             base, arch=arch, patch_size=patch_size, batch_size=batch_size, precision=precision
         )
-        found = compare_steps(arguments.photographs, options, arguments.rounds, arguments.threads)
-        if arguments.device == "cuda":
-            found["largest"] = find_largest_batch(arguments.photographs, options)
-        results[f"{arch}/{patch_size} batch {batch_size} {precision}"] = found
+        case = f"{arch}/{patch_size} batch {batch_size} {precision}"
+        results[case] = compare_steps(
+            arguments.photographs, options, arguments.rounds, arguments.threads
+        )
+        measured[case] = options
         # Written after each case, since what follows may fail.
-        measure.write_result(f"step-{arguments.device}", results)
+        measure.write_result(name, results)
 
     # The parts take little, so that more rounds are needed, and they can be had.
     options = replace(base, arch="vit_small", batch_size=20, precision="fp32")
@@ -401,7 +407,15 @@ def main() -> None:
     updates = compare_updates(options, rounds, arguments.threads)
     results["clip, AdamW, moving average"] = updates
     results["loss, batch 20"] = compare_losses(options, rounds, arguments.threads)
-    measure.write_result(f"step-{arguments.device}", results)
+    measure.write_result(name, results)
+
+    if arguments.device == "cuda":
+        for case, options in measured.items():
+            products_alone_s = results[case]["products alone"]["median_s"]
+            results[case]["largest"] = find_largest_batch(
+                arguments.photographs, options, products_alone_s
+            )
+            measure.write_result(name, results)
 
 
 if __name__ == "__main__":
