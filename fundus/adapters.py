@@ -101,8 +101,10 @@ def _read_aptos(found: Found) -> list[Record] | None:
     for name, file in found.tables.items():
         # Names of the tables begin with the split's: train.csv, train_1.csv, valid.csv.
         word = re.match("[a-z]*", name)[0]
+        if word not in SPLIT_WORDS:
+            continue
         header = read_header(found.root / file)
-        if word not in SPLIT_WORDS or "id_code" not in header:
+        if "id_code" not in header:
             continue
         split = SPLIT_WORDS[word]
         folder = re.compile(rf"(^|/){split}[a-z]*_images/", re.IGNORECASE)
@@ -124,7 +126,8 @@ def _read_ddr(found: Found) -> list[Record] | None:
             continue
         text = (found.root / file).read_text("utf-8-sig", "replace")
         # Other data sets have lists of these names too, without grades.
-        if not re.match(r"\S.*\s\d+\s", text):
+        first_line = text.partition("\n")[0]
+        if not re.fullmatch(r"\S.*\s\d+\s*", first_line):
             continue
         rows = []
         for number, line in enumerate(text.splitlines(), 1):
@@ -182,9 +185,9 @@ def _read_idrid(found: Found) -> list[Record] | None:
         if match is None:
             continue
         # "1. Original Images" lies beside "2. Groundtruths", which holds the tables.
-        base = str(PurePosixPath(file).parent.parent).removeprefix(".")
+        part = PurePosixPath(file).parent.parent
         folder = f"{match[1]} set/"
-        inside = [path for path in found.below(base) if folder in path.lower()]
+        inside = [path for path in found.below(str(part)) if folder in path.lower()]
         split = SPLIT_WORDS[match[1]]
         photographs += found.join(inside, file, split, "Image name", "Retinopathy grade")
     return lone_records(photographs) or None
@@ -269,4 +272,4 @@ def layout_table() -> str:
         lines.append(
             f"| `{layout.name}` | {layout.title} | {', '.join(totals) or '-'} | {patients} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)

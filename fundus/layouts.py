@@ -7,6 +7,7 @@ registry in adapters.py; a new one is an entry there.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fundus.adapters import LAYOUTS, Layout, expected_data, expected_form
@@ -57,8 +58,7 @@ def read_data(path: str | os.PathLike, layout: str, reading: Reading) -> Manifes
     if (root / "prepare.jsonl").is_file():
         raise InputError(f"{root}: its preparation is unfinished; repeat that prepare_data.py")
 
-    found = scan_folder(root, reading, csv_name)
-    chosen, records = _read_layout(found, layout)
+    found, chosen, records = _read_layout(scan_folder(root, reading, csv_name), layout)
 
     # Whoever reads a result must know how far patients were kept apart.
     if not chosen.has_patients:
@@ -87,10 +87,13 @@ def _find_root(path: Path, reading: Reading) -> tuple[Path, str]:
     return path, "manifest.csv"
 
 
-def _read_layout(found: Found, name: str) -> tuple[Layout, list[Record]]:
-    """Read a folder as the layout `name`, or for auto as the first that fits it."""
+def _read_layout(found: Found, name: str) -> tuple[Found, Layout, list[Record]]:
+    """Read a folder as the layout `name`, or for auto as the first that fits it.
+
+    The listing that is returned has the notes of that layout.
+    """
     if name == "auto":
-        layout, records = _first_that_fits(found)
+        found, layout, records = _first_that_fits(found)
     else:
         layout = LAYOUTS[name]
         records = layout.read(found)
@@ -109,16 +112,18 @@ def _read_layout(found: Found, name: str) -> tuple[Layout, list[Record]]:
         if layout.name != "photographs":
             there = f"{there}, and no photographs of {layout.name}"
         raise InputError(f"{found.root}: found {there}; {expected_form(names)}")
-    return layout, records
+    return found, layout, records
 
 
-def _first_that_fits(found: Found) -> tuple[Layout, list[Record]]:
+def _first_that_fits(found: Found) -> tuple[Found, Layout, list[Record]]:
     """Read a folder as the first layout whose adapter takes it; the last one takes any."""
     for layout in LAYOUTS.values():
         if layout.automatic:
-            records = layout.read(found)
+            # What an adapter notes of a folder that it then leaves to the next one is void.
+            own = replace(found, notes=list(found.notes), lists=dict(found.lists))
+            records = layout.read(own)
             if records is not None:
-                return layout, records
+                return own, layout, records
     raise AssertionError("a folder of photographs fits always")
 
 

@@ -117,7 +117,7 @@ class Found:
 
     root: Path
     photographs: list[str]  # posix paths relative to root, sorted
-    tables: dict[str, str]  # .csv and .txt files: path by lower-case name, the uppermost of each
+    tables: dict[str, str]  # path of each .csv and .txt by its lower-case name, nearest to root
     reading: Reading
     csv_name: str  # the csv in root that the user named; manifest.csv where a folder was named
     notes: list[str] = field(default_factory=list)
@@ -130,13 +130,13 @@ class Found:
             self.lists[what] = list(names)
 
     def below(self, folder: str) -> list[str]:
-        """Return the photographs below a folder, all of them for ""."""
-        if not folder:
+        """Return the photographs below a folder; "." is the root."""
+        if folder == ".":
             return list(self.photographs)
         return [path for path in self.photographs if path.startswith(f"{folder}/")]
 
     def csv_files(self) -> list[str]:
-        """Return the csv tables, without those that lie deeper under the same name."""
+        """Return the csv tables; of several with one name the one nearest to the root."""
         return [path for name, path in self.tables.items() if name.endswith(".csv")]
 
     def join(
@@ -228,15 +228,15 @@ def scan_folder(root: Path, reading: Reading, csv_name: str) -> Found:
         name = path.lower()
         if name.endswith(SUFFIXES):
             photographs.append(path)
-        elif name.endswith(TABLES):
+        elif name.endswith(TABLES) and (root / path).is_file():  # a link may lead nowhere
             tables.append(path)
         else:
             others[os.path.splitext(name)[1] or "without suffix"] += 1
 
-    # The uppermost table of a name comes last and stays: copies of it lie deeper, in archives.
-    path_of_table = {}
-    for path in sorted(tables, key=lambda path: (-path.count("/"), path)):
-        path_of_table[PurePosixPath(path).name.lower()] = path
+    # Of several tables with one name the first one stays, nearest to the root: copies lie deeper.
+    path_of_table: dict[str, str] = {}
+    for path in sorted(tables, key=_depth):
+        path_of_table.setdefault(PurePosixPath(path).name.lower(), path)
 
     # Such a name cannot be written into manifest.csv.
     for path in photographs:
@@ -250,6 +250,11 @@ def scan_folder(root: Path, reading: Reading, csv_name: str) -> Found:
             counts.append(f"{others[kind]} {kind}")
         notes.append(f"files that are not read: {', '.join(counts)}")
     return Found(root, sorted(photographs), path_of_table, reading, csv_name, notes)
+
+
+def _depth(path: str) -> tuple[int, str]:
+    """Return how deep a file lies, and its path, to put files in order by."""
+    return path.count("/"), path
 
 
 def _walk(root: Path) -> Iterable[str]:

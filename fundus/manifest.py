@@ -222,7 +222,10 @@ def _check_header(
     """Raise InputError where a required column is not there, or there more than once."""
     missing = [name for name in required if name not in header]
     if missing:
-        raise InputError(f"{file}: no column {', '.join(missing)}; header {first_line[:200]!r}")
+        raise InputError(
+            f"{file}: no column {', '.join(missing)}; header {first_line[:200]!r}; "
+            "the first line has to name the columns"
+        )
     for name in required:
         if header.count(name) > 1:
             raise InputError(
@@ -283,7 +286,8 @@ def check_files(root: Path, places: Mapping[str, str]) -> list[str]:
         if leads_out:
             raise InputError(f"{where}: {path} is a link out of the folder; put the file there")
 
-        # A disk that ignores case or composes accents finds what its listing spells otherwise.
+        # A disk may ignore case or compose accents, so that it has a file of this name although the
+        # listing spells it in another way.
         is_file = entry.is_file() if entry else os.path.isfile(root / path)
         if not is_file:
             missing.append(path)

@@ -389,7 +389,9 @@ def test_published_counts_are_the_data_sets_own():
 def test_docs_show_the_registry():
     text = (HERE / "docs" / "data.md").read_text(encoding="utf-8")
     shown = text.partition("<!-- layouts -->\n")[2].partition("<!-- end of layouts -->")[0]
-    assert shown == layout_table(), "docs/data.md: put layout_table()'s text between the marks"
+    assert shown.strip() == layout_table(), (
+        "docs/data.md: put layout_table()'s text between the marks"
+    )
 
 
 def test_choices_help_and_errors_follow_the_registry():
@@ -402,4 +404,6 @@ def test_choices_help_and_errors_follow_the_registry():
     table = layout_table()
     assert "| `eyepacs` | EyePACS | train 35,126, test 53,576 | from names or a table |" in table
     assert "| `ddr` | DDR | all 12,522 | not published |" in table
-    assert "IDRiD, DDR or APTOS 2019 as downloaded" in expected_data()
+    titles = ", ".join(layout.title for layout in DATA_SETS[:-1])
+    assert f"{titles} or {DATA_SETS[-1].title} as downloaded" in expected_data()
+    assert expected_data().endswith("any folder of photographs or a csv with --path-column")

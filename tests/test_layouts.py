@@ -67,3 +67,25 @@ def test_a_layout_by_name_is_tried_alone(tmp_path):
     manifest = open_data(tmp_path, "photographs")
     assert manifest.layout == "photographs"
     assert {record.grade for record in manifest.records} == {None}
+
+
+def test_what_a_layout_notes_of_a_folder_that_it_leaves_is_void(tmp_path):
+    """messidor2 and ddr try this folder before it is read as class folders."""
+    for number in range(10):
+        touch(tmp_path, f"train/0/{number}.png", f"train/1/{number + 10}.png")
+    (tmp_path / "train.txt").write_text("".join(f"{number} 0\n" for number in range(5)))
+    alone = open_data(tmp_path, "class_folders")
+    assert "row" not in " ".join(alone.notes)
+    (tmp_path / "train.txt").write_text("0\n1\n2\n")
+    found = open_data(tmp_path)
+    assert found.layout == "class_folders"
+    assert (found.notes, found.lists) == (alone.notes, alone.lists)
+
+
+def test_links_that_lead_nowhere_are_no_tables(tmp_path):
+    touch(tmp_path, "0/1.png", "1/2.png", "2/3.png")
+    for name in ("train.csv", "readme.txt", "messidor_data.csv"):
+        (tmp_path / name).symlink_to("/nowhere/at/all")
+    found = open_data(tmp_path)
+    assert found.layout == "class_folders"
+    assert any("files that are not read: 2 .csv, 1 .txt" in note for note in found.notes)
