@@ -5,7 +5,7 @@ a photograph under other patients' names are kept together as well.
 """
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -26,15 +26,14 @@ def complete_splits(manifest: Manifest, linked: Iterable[tuple[str, str]] = ()) 
     `linked` are pairs of paths which show one picture, as in `split_patients`.
     """
     records = tuple(split_patients(manifest.records, linked=linked))
-    before = _count_splits(manifest.records)
-    after = _count_splits(records)
     origins = {"test": "20 % of the patients", "val": "10 % of train's patients"}
-    if before["val"]:
+    if _paths_in(manifest.records, "val"):
         origins["test"] = "val"
     notes = list(manifest.notes)
     for split, origin in origins.items():
-        if after[split] != before[split]:
-            notes.append(f"{split} is made from {origin}: {after[split]} photographs")
+        paths = _paths_in(records, split)
+        if paths != _paths_in(manifest.records, split):
+            notes.append(f"{split} is made from {origin}: {len(paths)} photographs")
     return replace(manifest, records=records, notes=tuple(notes))
 
 
@@ -48,7 +47,7 @@ def split_patients(
     together. Raises InputError if a patient is in two splits already.
     """
     check_leaks(records, "splits")
-    present = _count_splits(records)
+    present = {record.split for record in records}
     groups = _group_patients(records, linked)
     if "test" not in present and "val" in present:
         records = _rename_split(records, "val", "test")
@@ -87,9 +86,9 @@ def fold_splits(
     return made
 
 
-def _count_splits(records: Iterable[Record]) -> Counter[str]:
-    """Return how many photographs each split has."""
-    return Counter(record.split for record in records)
+def _paths_in(records: Iterable[Record], split: str) -> set[str]:
+    """Return the paths of a split's photographs."""
+    return {record.path for record in records if record.split == split}
 
 
 def _group_patients(records: Sequence[Record], linked: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -95,6 +95,15 @@ def test_completing_a_manifest_says_what_was_made():
     assert complete_splits(given).notes[0] == "test is made from val: 10 photographs"
 
 
+def test_a_val_of_as_many_patients_as_the_one_that_became_test_is_noted():
+    records = patients_with([0] * 100) + patients_with([0] * 10, split="val")
+    notes = complete_splits(Manifest(Path(), tuple(records), False, "x")).notes
+    assert [note.split(":")[0] for note in notes] == [
+        "test is made from val",
+        "val is made from 10 % of train's patients",
+    ]
+
+
 def test_split_patients_refuses_leaks():
     records = patients_with([0, 1]) + [Record("x.jpg", 0, "train1", "", "test")]
     with pytest.raises(InputError, match=r"train1 \(test, train\)"):
