@@ -84,7 +84,13 @@ def graded(manifest: Manifest, records: Sequence[Record], name: str) -> list[Rec
     """
     kept = [record for record in records if record.grade is not None]
     if not kept:
-        raise InputError(f"{manifest.root / 'manifest.csv'}: no graded photograph for {name}")
+        place = manifest.root
+        if manifest.prepared:
+            place = place / "manifest.csv"
+        raise InputError(
+            f"{place}: no graded photograph for {name}, of {len(records)} in that split; "
+            "give a data set with grades in it (a set for testing alone: --test-data)"
+        )
     if len(kept) < len(records):
         log.info("%s: %d photographs without grade are left out", name, len(records) - len(kept))
     return kept
@@ -267,7 +273,8 @@ def training_loader(
         pin_memory=device.type == "cuda",
         prefetch_factor=batches_ahead,
         worker_init_fn=_leave_process_group,
-        # One of its own: else the loader draws from the one that drop path draws from.
+        # The loader draws a number for its workers. From a generator of its own, since the default
+        # one decides what drop path drops.
         generator=torch.Generator(),
     )
     return _count_unreadable(_unwrap_errors(loader), dataset, sampler)

@@ -117,9 +117,14 @@ def main(options: Options, config: Path | None) -> None:
     sets = open_test_sets(evaluation.manifest, options.test_data)
     protocol = name_protocol(options, evaluation.image_size)
     check_results(evaluation, sets, protocol)
+    voters = training_records(evaluation)
+    if max(options.k) > len(voters):
+        raise InputError(
+            f"--k {max(options.k)}: there are {len(voters)} graded photographs that vote; "
+            "expected 1 to that"
+        )
 
     # Test sets share one bank of voters, whose features are extracted once.
-    voters = training_records(evaluation)
     voter_grades = grades_of(voters)
     bank = extract_cls(evaluation, evaluation.manifest, voters)
 

@@ -6,7 +6,6 @@ name, makes every number look better than it is.
 
 import base64
 import functools
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,6 +22,13 @@ from utils import InputError, log, sha256_of
 CLOSE = 0.88
 ALIKE = 0.84
 
+# The side of a signature, and the radius of the disc that is compared, which leaves out the rim.
+SIDE = 64
+RADIUS = 28.8
+# Grey levels against the local mean: stronger ones are cut, so that one bright spot or reflex does
+# not outweigh the vessels.
+STRONGEST = 12
+
 Pair = tuple[str, str, float]  # two photographs and how alike they are; 1: the same file
 
 
@@ -35,22 +41,23 @@ def signature(picture: np.ndarray) -> np.ndarray:
     It holds vessels and lesions against their local mean, without rim and surround, in which all
     photographs of a camera are alike. Two signatures are compared by `alike`.
     """
-    small = Image.fromarray(pad_square(picture)).resize((64, 64), Image.Resampling.BOX)
+    small = Image.fromarray(pad_square(picture)).resize((SIDE, SIDE), Image.Resampling.BOX)
     grey = small.convert("L")
     light = np.asarray(grey, np.float32)
     local_mean = np.asarray(grey.filter(ImageFilter.GaussianBlur(4)), np.float32)
 
-    # The fundus without 4 pixels at its rim, and within a disc of radius 29 around the middle.
+    # The fundus without 4 pixels at its rim, and within a disc around the middle. The surround is
+    # black, so that a quarter of the fundus' own light (most pixels are fundus) tells them apart.
     level = max(12, 0.25 * np.percentile(light, 60))
     fundus = Image.fromarray(np.asarray(small).max(axis=2) > level).convert("L")
     inner = np.asarray(fundus.filter(ImageFilter.BoxBlur(4))) == 255
-    squared = (np.arange(64) - 31.5) ** 2
-    disc = squared + squared[:, None] < 830
+    squared = (np.arange(SIDE) - (SIDE - 1) / 2) ** 2
+    disc = squared + squared[:, None] < RADIUS**2
     inside = inner & disc
 
-    # Clipped, so that one bright spot or reflex does not outweigh the vessels.
-    detail = np.clip(light - local_mean, -12, 12) * inside
+    detail = np.clip(light - local_mean, -STRONGEST, STRONGEST) * inside
     detail -= detail.sum() / max(1, inside.sum()) * inside
+    # Ten steps a grey level: 12 levels and the mean, which is small, fit into 8 bits.
     return np.round(10 * detail).clip(-127, 127).astype(np.int8)
 
 
@@ -144,9 +151,10 @@ def find_copies(
 
 
 def same_files(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return pairs of photographs that are one file, where no patients are known to tell copies.
+    """Return pairs of photographs with equal bytes; none where patients are known.
 
-    Only files of one size are read. Copies that were compressed or resized take prepare_data.py.
+    Without patients, copies would come into different splits. Only files of equal size are read.
+    Copies that were compressed or resized are found by prepare_data.py.
     """
     patients = {record.patient for record in manifest.records}
     if manifest.prepared or len(patients) < len(manifest.records):
@@ -154,7 +162,9 @@ def same_files(manifest: Manifest) -> list[tuple[str, str]]:
 
     by_size: dict[int, list[str]] = defaultdict(list)
     for record in manifest.records:
-        by_size[os.path.getsize(manifest.root / record.path)].append(record.path)
+        file = manifest.root / record.path
+        if file.is_file():  # what is not there is named when it is read
+            by_size[file.stat().st_size].append(record.path)
     digests = {}
     for paths in by_size.values():
         if len(paths) > 1:

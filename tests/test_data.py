@@ -461,6 +461,12 @@ def test_files_copied_within_a_set_without_patients_stay_together(tmp_path, capl
     assert "40 photographs are copies: train_images/a00.png = train_images/b00.png" in caplog.text
 
 
+def test_a_link_that_leads_nowhere_is_no_copy(tmp_path):
+    touch(tmp_path, "0/a.png", "1/b.png", "2/c.png")
+    (tmp_path / "0" / "x.png").symlink_to("/nowhere/at/all.png")
+    assert len(data.open_manifest(str(tmp_path)).records) == 4
+
+
 def test_patients_that_are_known_need_no_search_for_copies(tmp_path):
     rows = []
     for patient in range(20):

@@ -223,6 +223,12 @@ def test_the_papers_protocol_lets_val_vote(run):
         main(options_of(run, k=(41,)), None)
 
 
+def test_too_many_neighbours_are_refused_before_any_work(run, monkeypatch):
+    monkeypatch.setattr("eval_knn.cached_features", None)
+    with pytest.raises(InputError, match="--k 41: there are 40 .* expected 1 to that"):
+        main(options_of(run, k=(3, 41)), None)
+
+
 def test_the_temperature_is_the_votes(run, tmp_path):
     _, manifest = run
     main(options_of(run, k=(20,), temperature=0.5, output_dir=str(tmp_path)), None)

@@ -53,8 +53,18 @@ def test_baselines_stand_first_and_the_majority_above_all(tmp_path):
         "run/knn",
         "run/linear",
     ]
-    assert table[1] == ["always grade 0", "200", *["0.250"] * 5]
-    assert table[2] == ["run/knn-0000", "200", *["0.500 [0.400, 0.600]"] * 5]
+    columns = len(report.COLUMNS)
+    assert table[1] == ["always grade 0", "200", *["0.250"] * columns]
+    assert table[2] == ["run/knn-0000", "200", *["0.500 [0.400, 0.600]"] * columns]
+
+
+def test_results_older_than_a_column_have_a_dash(tmp_path):
+    results = make_results()
+    del results["metrics"]["qwk"], results["majority"]["qwk"]
+    header, majority, row = report.tabulate([write_run(tmp_path / "run", {"knn": results})])
+    place = header.index("QWK")
+    assert (majority[place], row[place]) == ("-", "-")
+    assert "-" not in (majority[place - 1], row[place - 1])
 
 
 def test_each_test_set_has_its_majority_line_once(tmp_path):

@@ -93,7 +93,7 @@ def majority_row(results: dict[str, Any]) -> list[str]:
     line = results["majority"]
     row = [f"always grade {line['grade']}", str(results["data"]["test"]["images"])]
     for metric in COLUMNS:
-        row.append(cell(line[metric]))
+        row.append(cell(line.get(metric)))
     return row
 
 
@@ -101,13 +101,14 @@ def score_row(title: str, results: dict[str, Any]) -> list[str]:
     """Return the row of an evaluation."""
     row = [title, str(results["data"]["test"]["images"])]
     for metric in COLUMNS:
-        entry = results["metrics"][metric]
-        row.append(cell(entry["value"], entry.get("ci95")))
+        # Results may be older than a column.
+        entry = results["metrics"].get(metric, {})
+        row.append(cell(entry.get("value"), entry.get("ci95")))
     return row
 
 
 def cell(value: float | None, interval: list[float] | None = None) -> str:
-    """Return a metric with its interval, a dash where it is undefined."""
+    """Return a metric with its interval, a dash where there is none."""
     if value is None:
         return "-"
     if not interval:
