@@ -253,24 +253,21 @@ def train_epoch(
 def fit(
     train: Iterator[Tensor],
     grades: Tensor,
-    held: Tensor,
+    held_out: Tensor,
     truth: np.ndarray,
     options: Options,
     settings: list[tuple[float, float]],
 ) -> tuple[LinearHead, Rows]:
     """Train all settings; return the best head, and each setting's row of results.json.
 
-    `train` gives the features (N, F) of each epoch, whose grades are `grades` (N,). `held` and
+    `train` gives the features (N, F) of each epoch, whose grades are `grades` (N,). `held_out` and
     `truth` are those that the choice is made on: val, or the test split in the paper's protocol.
     """
-    features = next(train)
-    probes = Probes(features.shape[1], settings, options.seed)
+    probes = Probes(held_out.shape[1], settings, options.seed)
     best = BestEpochs(probes, settings, options.criterion)
     for epoch in tqdm(range(options.epochs), desc="linear probe", disable=None):
-        if epoch > 0:
-            features = next(train)
-        train_epoch(probes, features, grades, epoch, options)
-        best.update(probes, epoch + 1, held, truth)
+        train_epoch(probes, next(train), grades, epoch, options)
+        best.update(probes, epoch + 1, held_out, truth)
 
     winner = best.winner()
     for setting, row in enumerate(best.rows):
@@ -312,8 +309,8 @@ def fit_whole(evaluation: Evaluation, records: list[Record]) -> tuple[LinearHead
     options = evaluation.options
     manifest = evaluation.manifest
     val = graded(manifest, manifest.split("val"), "val")
-    whole = choose_view(options.protocol, evaluation.image_size)
-    views = [(whole, 0)]
+    whole_view = choose_view(options.protocol, evaluation.image_size)
+    views = [(whole_view, 0)]
     if options.views:
         crop = ProbeView(evaluation.image_size, options.flip_vertical, options.rotation)
         start = options.seed * SEED_STRIDE
@@ -321,21 +318,22 @@ def fit_whole(evaluation: Evaluation, records: list[Record]) -> tuple[LinearHead
 
     first_view, first_seed = views[0]
     first = extract_input(evaluation, manifest, records, first_view, first_seed)
-    held = extract_input(evaluation, manifest, val, whole)
+    held_out = extract_input(evaluation, manifest, val, whole_view)
     mean = first.mean(dim=0)
     std = first.std(dim=0).clamp(min=1e-6)
 
     def epochs() -> Iterator[Tensor]:
-        if len(views) == 1:
-            yield from itertools.repeat((first - mean) / std)  # for ever
-        # One view at a time is in memory, since ten of a large set may fill it.
         for view, seed in itertools.cycle(views):
-            features = extract_input(evaluation, manifest, records, view, seed)
+            features = first
+            if len(views) > 1:
+                # One view at a time is in memory, since ten of a large set may fill it.
+                features = extract_input(evaluation, manifest, records, view, seed)
             yield (features - mean) / std
 
     settings = list(itertools.product(options.lr, options.weight_decay))
     grades = torch.from_numpy(grades_of(records))
-    head, rows = fit(epochs(), grades, (held - mean) / std, grades_of(val), options, settings)
+    held_out = (held_out - mean) / std
+    head, rows = fit(epochs(), grades, held_out, grades_of(val), options, settings)
 
     # w ((x - mean) / std) + b = (w / std) x + (b - mean w / std): whoever uses the head needs to
     # know nothing of the standardisation.
@@ -362,9 +360,9 @@ def fit_paper(evaluation: Evaluation, records: list[Record]) -> tuple[LinearHead
 
     test = graded(manifest, manifest.split("test"), "test")
     view = choose_view(options.protocol, evaluation.image_size)
-    held = extract_input(evaluation, manifest, test, view)
+    held_out = extract_input(evaluation, manifest, test, view)
     grades = torch.from_numpy(grades_of(records))
-    return fit(epochs(), grades, held, grades_of(test), options, [(PAPER_LR, 0.0)])
+    return fit(epochs(), grades, held_out, grades_of(test), options, [(PAPER_LR, 0.0)])
 
 
 def evaluate(head: LinearHead, features: Tensor, records: list[Record]) -> metrics.Predictions:

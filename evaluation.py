@@ -238,10 +238,9 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 # ------------------------------------------------------------------------------------------ results
 def check_results(evaluation: Evaluation, sets: Sequence[GradedSet], protocol: str) -> None:
-    """Raise InputError if writing the results of `sets` would replace others.
+    """Raise InputError if results of other weights, photographs or protocol would be replaced.
 
-    Others are those of other weights, other photographs or another protocol, in which the number of
-    neighbours that it begins with does not count. `--overwrite` lets them be replaced.
+    5-NN and 15-NN count as one protocol, so that `--k` may change. `--overwrite` replaces any.
     """
     if evaluation.options.overwrite:
         return
@@ -282,7 +281,7 @@ def _is_repeated(path: Path, evaluation: Evaluation, test_set: GradedSet, protoc
 
 
 def _without_number(protocol: str) -> str:
-    """Return a protocol without the number that it begins with: "-NN" for "15-NN"."""
+    """Return a protocol without the number of neighbours that it begins with ("-NN, whole ...")."""
     return re.sub(r"^\d+", "", protocol)
 
 

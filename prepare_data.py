@@ -240,6 +240,7 @@ def open_journal(out: Path, settings: Mapping[str, Any]) -> dict[str, Facts]:
     """
     file = out / "prepare.jsonl"
     entries = _read_journal(file)
+    # Only the settings name a size: the entries of photographs have a width and a height.
     earlier = [entry for entry in entries if "size" in entry]
     if earlier:
         for name, value in settings.items():
@@ -274,9 +275,13 @@ def _read_journal(file: Path) -> list[dict[str, Any]]:
 
 def is_finished(task: Task, entry: Facts) -> bool:
     """Return whether the journal's `entry` still holds for the photograph and its picture."""
-    files = _stamp(task.source, "source") | _stamp(task.target, "target")
-    is_unchanged = files.items() <= entry.items()
-    return is_unchanged and (task.allow_truncated or not entry["truncated"])
+    stamps = _stamp(task.source, "source") | _stamp(task.target, "target")
+    return _agrees(stamps, entry) and (task.allow_truncated or not entry["truncated"])
+
+
+def _agrees(stamp: Facts, entry: Facts) -> bool:
+    """Return whether a journal's entry says of a file what its `stamp` says."""
+    return all(name in entry and entry[name] == value for name, value in stamp.items())
 
 
 # --------------------------------------------------------------------------------------- the folder
@@ -376,9 +381,7 @@ def refuse_other_photographs(tasks: Sequence[Task], facts: Mapping[str, Facts], 
     ours = 0
     for task in tasks:
         if task.path in facts:
-            stamp = _stamp(task.source, "source")
-            if stamp.items() <= facts[task.path].items():
-                ours += 1
+            ours += _agrees(_stamp(task.source, "source"), facts[task.path])
     if 2 * ours < len(facts):
         few = f"of {len(facts)} photographs prepared in it, {ours} are those of --source"
         raise InputError(f"--out {out}: {few}; give a new folder")

@@ -196,7 +196,7 @@ class RunFolder:
         self.fingerprint = fingerprint
         self.options = _run_options(options, processes)
         if checkpoint:
-            # An option that is left open goes on as it began.
+            # Options that are left open keep the values that the run began with.
             for name, value in self.options.items():
                 if value == []:
                     self.options[name] = checkpoint["options"].get(name, value)
@@ -257,7 +257,7 @@ def _list_changes(
     """Return "old -> new" of each option that keeps a run from going on; log those that do not."""
     changed = {}
     for name, value in new.items():
-        # An empty list leaves the option open, to be what it was.
+        # An empty list leaves an option open: it keeps the value that the run began with.
         if value == [] or old.get(name) == value:
             continue
         change = f"{old.get(name)} -> {value}"

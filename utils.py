@@ -32,6 +32,10 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 log = logging.getLogger("ssrl")
 HERE = Path(__file__).resolve().parent  # of the checkout: where configs/ lies
 DATA_FLAGS = {"--data", "--data-path"}
+# Where an option's value comes from; each overrides those before it.
+BY_DEFAULT = 0
+IN_CONFIG = 1
+IN_COMMAND = 2
 OF_ONE_CALL = ("output_dir", "overwrite", "resume", "debug")  # they do not describe a run
 Options = TypeVar("Options")
 
@@ -86,20 +90,21 @@ class RunOptions:
     debug: bool = False
     """Show the traceback of errors that are otherwise one message."""
 
-    # Flags by where they were given, which `parse` notes: 1 in the config file, 2 in the command.
-    # Without a type it is no option.
+    # Where `parse` found each flag: IN_CONFIG or IN_COMMAND. Without an annotation, since dataclass
+    # makes an option of whatever has one.
     given = MappingProxyType({})
 
     def __post_init__(self) -> None:
         check_bounds(self)
 
     def is_meant_for(self, name: str, other: str) -> bool:
-        """Return whether an option was chosen knowing another: given where that was, or later.
+        """Return whether `name` was given where `other` was, or in a place that overrides it.
 
-        False for a default beside a flag, and for a value of a config file beside a flag that
-        overrides the file. Options made in Python are meant for each other.
+        Places are defaults < config < command: a config's --arch says nothing about the --init of a
+        command. Options made in Python are all meant for each other.
         """
-        return self.given.get(flag_of(name), 0) >= self.given.get(flag_of(other), 0)
+        place = self.given.get(flag_of(name), BY_DEFAULT)
+        return place >= self.given.get(flag_of(other), BY_DEFAULT)
 
 
 # --------------------------------------------------------------------------------- reading options
@@ -149,7 +154,8 @@ def parse(
     # Classes that do not inherit RunOptions may not have checked by themselves.
     check_bounds(options)
     _refuse_empty_lists(options, given)
-    options.given = dict.fromkeys(_flags_in(from_file), 1) | dict.fromkeys(given, 2)
+    options.given = dict.fromkeys(_flags_in(from_file), IN_CONFIG)
+    options.given |= dict.fromkeys(given, IN_COMMAND)
     return options, path
 
 
@@ -290,7 +296,7 @@ def check_bounds(options: Any) -> None:
             continue
         bounds = _bounds_of(hints[field.name])
         for value in _values_of(getattr(options, field.name)):
-            # not "outside": every comparison with NaN is false
+            # Every comparison with NaN is false, so it is asked what fits, not what is outside.
             fits = isinstance(value, number_type) and bounds.low <= value <= bounds.high
             if not fits:
                 expected = _expected_text(number_type, bounds)

@@ -424,6 +424,7 @@ LAYOUTS = (
             (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
             (r"\.layernorm_before\.", ".norm1."),
             (r"\.layernorm_after\.", ".norm2."),
+            # attention.attention.query. and attention.q_proj. are attn.q.; so for key and value.
             (r"\.attention\.(?:attention\.)?(q|k|v)(?:uery|ey|alue|_proj)\.", r".attn.\1."),
             (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
             (r"\.(intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
@@ -585,7 +586,7 @@ def _find_patch_size(state: State, where: str) -> int:
 def _stated_architecture(described: Description) -> str:
     """Return the architecture that a description names; empty for names that timm has not.
 
-    A name counts for nothing where the number of heads beside it is not its own.
+    If the file states a number of heads that this architecture does not have, its name is ignored.
     """
     arch = described.arch
     if arch not in ARCHS and not timm.is_model(arch.partition(".")[0]):

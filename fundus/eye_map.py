@@ -146,13 +146,17 @@ class Outline(NamedTuple):
 def grow_tree(rng: Generator, camera: Camera, trunks: tuple[Trunk, ...]) -> Vessels:
     """Return the trunks, their mirror images below the macula, and two generations of branches."""
     up = np.repeat((1, -1), len(trunks))  # -1: below
-    heading, far_heading, bend, length, width = np.array(trunks + trunks).T
+    heading, far_heading, bend, length, width = np.array(trunks + trunks).T  # Trunk's fields
 
     # No two trees are alike: angles differ by some 8 degrees, lengths by some 12 %. All trunks
-    # leave the disc a little to the nose of its middle.
+    # leave the disc a little to the nose of its middle. Each row of the jitter is for one field.
     jitter = rng.normal(0, 1, (6, len(up)))
-    heading_jitter, far_jitter, _, _, _, root_jitter = jitter
-    bend_factor, length_factor, width_factor = np.exp(0.12 * jitter[2:5])
+    heading_jitter = jitter[0]
+    far_jitter = jitter[1]
+    bend_factor = np.exp(0.12 * jitter[2])
+    length_factor = np.exp(0.12 * jitter[3])
+    width_factor = np.exp(0.12 * jitter[4])
+    root_jitter = jitter[5]
     shoots = Shoots(
         root=0.03 * root_jitter - 0.1 + 0.02j * up,
         heading=np.radians(heading + 9 * heading_jitter) * up,
@@ -186,7 +190,7 @@ def _branch(
     Up to `children` leave each parent; `on_disc` lets them do so on the optic disc.
     """
     # They leave one after the other along the parent, to its left and to its right in turn, but
-    # none from its last points.
+    # none from its last 6 points: order + 1.2 is at most children + 0.2.
     size = (len(parents.places), children)
     order = np.arange(children)
     points = (order + rng.uniform(0.2, 1.2, size)) * (VESSEL_POINTS - 6) / (children + 0.3)

@@ -38,13 +38,13 @@ class Predictions:
 class Draws:
     """The bootstrap's draws of patients, with replacement and with all images of a patient."""
 
-    patient: np.ndarray  # (N,) int below P, whose each image is
+    patient_of_image: np.ndarray  # (N,) int, 0 to P - 1
     counts: np.ndarray  # (R, P) uint16, how often each draw holds each patient
 
     def image_weights(self) -> Iterator[np.ndarray]:
         """Give how often each draw holds each image, (N,) float32, draw by draw."""
         for count in self.counts:
-            yield count.astype(np.float32)[self.patient]
+            yield count.astype(np.float32)[self.patient_of_image]
 
 
 def always_defined(_predictions: Predictions) -> str:
@@ -157,8 +157,8 @@ def reason_without_both_sides(predictions: Predictions) -> str:
 
 
 # -------------------------------------------------------------- values of the draws, from confusion
-# All that these ask of an image is its truth and its prediction. So the confusion matrix of each
-# patient says enough (it is a sufficient statistic), and a draw's is the sum of its patients'.
+# These metrics depend on the confusion matrix alone. So each patient gets one matrix, and that of a
+# draw is the sum over the patients drawn.
 def confusion_accuracy(confusion: np.ndarray) -> np.ndarray:
     """Return the accuracy (...) of confusion matrices (..., G, G) with the truth in rows."""
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
@@ -227,8 +227,7 @@ def weighted_auroc(ranks: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> 
     pairs = positive.sum() * negative.sum()
     if not pairs:
         return float("nan")
-    # The AUROC is the share of pairs in which the positive has the higher score. A tie is neither
-    # won nor lost, so it counts half: the area under the slanted line that it puts into the curve.
+    # The AUROC is the share of pairs in which the positive has the higher score; a tie counts half.
     below = np.cumsum(negative) - negative / 2
     return float(positive @ below / pairs)
 
@@ -363,14 +362,14 @@ def draw_patients(patients: np.ndarray, draws: int, seed: int) -> Draws:
 
     Patients rather than images, so that the two eyes of one do not count as independent.
     """
-    _, patient = np.unique(patients, return_inverse=True)
-    total = patient.max() + 1
+    _, patient_of_image = np.unique(patients, return_inverse=True)
+    total = patient_of_image.max() + 1
     rng = np.random.default_rng(seed)
     # 16 bits are enough for counts, and make 1,000 draws of EyePACS' 26,788 patients 54 MB.
     counts = np.zeros((draws, total), np.uint16)
     for draw in range(draws):
         counts[draw] = np.bincount(rng.integers(total, size=total), minlength=total)
-    return Draws(patient, counts)
+    return Draws(patient_of_image, counts)
 
 
 def bootstrap(predictions: Predictions, draws: Draws) -> dict[str, np.ndarray]:
@@ -386,7 +385,7 @@ def draw_confusions(predictions: Predictions, draws: Draws) -> np.ndarray:
     """Return the confusion matrix of each draw, (R, G, G) float32; the truth in rows."""
     cells = np.zeros((draws.counts.shape[1], GRADES * GRADES), np.float32)  # (P, G G)
     cell = predictions.grades * GRADES + predictions.predicted
-    np.add.at(cells, (draws.patient, cell), 1)
+    np.add.at(cells, (draws.patient_of_image, cell), 1)
     # Whole numbers below 2 ** 24, which fp32 adds exactly in any order.
     tables = [count.astype(np.float32) @ cells for count in draws.counts]
     return np.stack(tables).reshape(-1, GRADES, GRADES)
@@ -414,11 +413,12 @@ def print_summary(summary: dict[str, Any], title: str) -> None:
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """Return a summary as lines for people: every metric beside its majority line."""
-    lines = [f"{'':18}{'value':>8}   {'95 % interval':16}{'majority':>8}"]
+    width = 1 + max(len(metric.title) for metric in METRICS)
+    lines = [f"{'':{width}}{'value':>8}   {'95 % interval':16}{'majority':>8}"]
     for metric in METRICS:
         entry = summary["metrics"][metric.name]
         if entry["value"] is None:
-            lines.append(f"{metric.title:18}{'-':>8}   ({entry['reason']})")
+            lines.append(f"{metric.title:{width}}{'-':>8}   ({entry['reason']})")
             continue
         interval = "-"
         if entry["ci95"]:
@@ -426,7 +426,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         baseline = "-"
         if summary["majority"][metric.name] is not None:
             baseline = f"{summary['majority'][metric.name]:.3f}"
-        lines.append(f"{metric.title:18}{entry['value']:8.3f}   {interval:16}{baseline:>8}")
+        value = f"{entry['value']:8.3f}"
+        lines.append(f"{metric.title:{width}}{value}   {interval:16}{baseline:>8}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What a person should look at in a data set: counts beside the majority line, all in doubt."""
+"""What a person should look at in a data set: what is doubtful, and counts of each grade."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -345,7 +345,7 @@ def test_two_eyes_of_a_patient_do_not_count_as_two():
 
 def test_a_draw_holds_as_many_patients_as_there_are():
     draws = draw_patients(np.array(["b", "a", "b", "c"]), 200, seed=0)
-    assert draws.patient.tolist() == [1, 0, 1, 2]
+    assert draws.patient_of_image.tolist() == [1, 0, 1, 2]
     assert (draws.counts.sum(axis=1) == 3).all()
     assert draws.counts.max() == 3, "with replacement"
     weights = list(draws.image_weights())
