@@ -131,7 +131,7 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     knn_every: Epochs = 10
     """Epochs between k-NN scores on val, where grades exist; 0: none."""
     log_every: Annotated[int, Bounds(1, 1_000_000)] = 10
-    """Steps between lines of the log."""
+    """Steps between lines of the log; an epoch's end has one, too."""
     save_minutes: Annotated[float, Bounds(0, 1e9)] = 15.0
     """Most minutes between saves; an epoch's end saves too."""
     keep_every: KeepEvery = 20
@@ -521,7 +521,7 @@ def train(state: State, run: Run, dataset: data.PhotographDataset) -> None:
     sampler = run.sampler
     is_main = run.processes.is_main
     stop = devices.StopSignal(run.processes)
-    monitor = features.Monitor(dataset.manifest, run.dtype, o.workers)
+    monitor = features.Monitor(dataset.manifest, run.dtype, o.workers, o.max_bad)
     sampler.set_range(state.step, run.total_steps)
     batches = load_batches(state, run, dataset)
     progress = run_folder.Progress(
@@ -539,12 +539,12 @@ def train(state: State, run: Run, dataset: data.PhotographDataset) -> None:
     while state.step < run.total_steps:
         result = train_step(state, batches, run)
         progress.count_step(state.step, result.waited)
-        if state.step % o.log_every == 0:
+        epoch, within = divmod(state.step, sampler.steps_per_epoch)
+        if state.step % o.log_every == 0 or within == 0:
             measured = summarize_steps(state, run, result)
             progress.log_interval(measured, state.step / sampler.steps_per_epoch)
 
         with progress.not_counted():  # the throughput in the log is that of steps
-            epoch, within = divmod(state.step, sampler.steps_per_epoch)
             stopped = stop.agreed()
             if within == 0 or stopped:
                 check_finite(state.history.values(), state.step)  # on all processes
@@ -636,11 +636,10 @@ def main(options: Options, config: Path | None) -> None:
             len(records), options.batch_size, options.accumulate, processes, options.seed
         )
 
-        # A new folder, or the run that it holds: nothing is written before all of it fits.
-        if options.overwrite:
-            folder.clear(processes)
-        checkpoint = folder.find_checkpoint(options, manifest.fingerprint, RESUMABLE, processes)
-        folder.begin(options, manifest.fingerprint, checkpoint, processes)
+        # A new run, or the one that the folder holds.
+        checkpoint = None
+        if not options.overwrite:
+            checkpoint = folder.find_checkpoint(options, manifest.fingerprint, RESUMABLE, processes)
         saved_spec = None
         if checkpoint:
             saved_spec = vit.BackboneSpec(**checkpoint["spec"])
@@ -650,6 +649,11 @@ def main(options: Options, config: Path | None) -> None:
             if checkpoint:
                 state.load_state_dict(checkpoint)
                 log.info("resumed at step %d of %d", state.step, run.total_steps)
+
+            # Nothing is deleted or written before all of it fits.
+            if options.overwrite:
+                folder.clear(processes)
+            folder.begin(options, manifest.fingerprint, checkpoint, processes)
             if state.step < run.total_steps:
                 train(state, run, dataset)
             else:

@@ -6,6 +6,7 @@ Shapes: B batch, N images, M bank images, D width, G grades.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from augment import PaperView, WholeView
-from data import PhotographDataset, View, evaluation_loader, grades_of
+from data import READABLE, PhotographDataset, View, evaluation_loader, grades_of
 from fundus import metrics
 from fundus.manifest import GRADES, Manifest, Record
 from utils import InputError, log
@@ -53,6 +54,7 @@ def extract_features(
     `cls` (N, 4, D): normed [CLS] of the last 4 blocks (fewer where there are fewer), the last one
     last; `patch` (N, D): mean patch token of the last; `color` (N, 6): the input's RGB mean and
     standard deviation, 0 to 1, against which features are held. `title` shows a progress bar.
+    Of a dataset that replaces photographs, also `bad` (N,) int64, as its items say it.
     """
     hidden = None  # a bar on terminals alone
     if not title:
@@ -76,6 +78,8 @@ def extract_features(
         pixels = images.float().flatten(2) / 255
         color = torch.cat([pixels.mean(dim=2), pixels.std(dim=2)], dim=1)
         parts["color"].append(color.cpu())  # (B, 6)
+        if dataset.max_bad:
+            parts["bad"].append(batch["bad"])
     backbone.train(was_training)
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
@@ -154,13 +158,17 @@ class Monitor:
     """Photographs that training looks at between epochs.
 
     `fixed` are up to 256 of train, spread over it, with grades or without. `graded` are all graded
-    ones of train and of val.
+    ones of train and of val. Where training goes on without unreadable photographs (`max_bad` above
+    0), so does this: they are left out.
     """
 
-    def __init__(self, manifest: Manifest, dtype: torch.dtype | None, workers: int) -> None:
+    def __init__(
+        self, manifest: Manifest, dtype: torch.dtype | None, workers: int, max_bad: float = 0.0
+    ) -> None:
         self.manifest = manifest
         self.dtype = dtype
         self.workers = workers
+        self.max_bad = max_bad
         train = manifest.split("train")
         spacing = max(1, len(train) // WATCHED)
         self.fixed = train[::spacing][:WATCHED]
@@ -168,12 +176,23 @@ class Monitor:
         for split in (train, manifest.split("val")):
             self.graded.append([record for record in split if record.grade is not None])
 
-    def embeddings(self, backbone: Backbone, records: list[Record]) -> Tensor:
-        """Return the normed [CLS] (N, D) of records, the whole photograph in view."""
+    def embeddings(self, backbone: Backbone, records: list[Record]) -> tuple[Tensor, list[Record]]:
+        """Return the normed [CLS] (N, D) of the records that can be read, and these records.
+
+        The whole photograph is in view.
+        """
         view = WholeView(backbone.spec.image_size)
-        dataset = PhotographDataset(self.manifest, records, view)
+        dataset = PhotographDataset(self.manifest, records, view, max_bad=self.max_bad)
         features = extract_features(backbone, dataset, self.dtype, self.workers)
-        return features["cls"][:, -1]
+        cls_tokens = features["cls"][:, -1]
+        if not self.max_bad:
+            return cls_tokens, records
+        is_readable = features["bad"] == READABLE
+        readable = list(itertools.compress(records, is_readable.tolist()))
+        if len(readable) < len(records):
+            message = "%d photographs cannot be read; RankMe and k-NN leave them out"
+            log.warning(message, len(records) - len(readable))
+        return cls_tokens[is_readable], readable
 
     def look(
         self, backbone: Backbone, epoch: int, options: Any, latest: dict[str, Any] | None = None
@@ -182,7 +201,7 @@ class Monitor:
 
         `options` are training's; `latest` are its last measurements, none before the first step.
         """
-        fixed = self.embeddings(backbone, self.fixed)
+        fixed, _ = self.embeddings(backbone, self.fixed)
         record: dict[str, Any] = {
             "epoch": epoch,
             "rankme": rankme(fixed),
@@ -209,9 +228,8 @@ class Monitor:
 
         Fewer neighbours vote if train has fewer.
         """
-        train, val = self.graded
-        bank = self.embeddings(backbone, train)
-        queries = self.embeddings(backbone, val)
+        bank, train = self.embeddings(backbone, self.graded[0])
+        queries, val = self.embeddings(backbone, self.graded[1])
         train_grades = grades_of(train)
         k = min(NEIGHBOURS, len(train))
         votes = knn_predict(bank, torch.from_numpy(train_grades), queries, [k])

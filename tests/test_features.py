@@ -251,7 +251,7 @@ def test_only_graded_photographs_vote_and_are_graded(manifest):
 def test_a_look_measures_fixed_photographs_and_votes_when_due(manifest):
     monitor = Monitor(manifest, None, 0)
     backbone = helpers.pico()
-    embeddings = monitor.embeddings(backbone, monitor.fixed)
+    embeddings, _ = monitor.embeddings(backbone, monitor.fixed)
     votes, grades, train_grades = monitor.knn_votes(backbone)
     for epoch, is_due in ((0, True), (1, False), (2, True), (3, False), (5, True)):
         record = monitor.look(backbone, epoch, TrainingOptions())
@@ -272,13 +272,34 @@ def test_votes_on_val_are_those_of_15_neighbours_in_train(manifest):
     votes, grades, train_grades = monitor.knn_votes(backbone)
     assert grades.tolist() == grades_of(manifest.split("val")).tolist()
     assert train_grades.tolist() == grades_of(manifest.split("train")).tolist()
-    bank = monitor.embeddings(backbone, manifest.split("train"))
-    queries = monitor.embeddings(backbone, manifest.split("val"))
+    bank, _ = monitor.embeddings(backbone, manifest.split("train"))
+    queries, _ = monitor.embeddings(backbone, manifest.split("val"))
     expected = knn_predict(bank, torch.from_numpy(train_grades), queries, [15])[15]
     assert torch.equal(votes, expected)
 
     few = replace(manifest, records=manifest.split("train")[:4] + manifest.split("val"))
     assert Monitor(few, None, 0).knn_votes(backbone)[0].shape == (10, GRADES)
+
+
+def test_a_look_leaves_out_what_cannot_be_read(tmp_path, caplog):
+    manifest = helpers.draw_prepared(tmp_path, train=20, val=10, test=1)
+    backbone = helpers.pico()
+    lost = {manifest.split("train")[3].path, manifest.split("val")[0].path}
+    kept = [record for record in manifest.records if record.path not in lost]
+    expected = Monitor(replace(manifest, records=kept), None, 0).knn_votes(backbone)
+    for path in lost:
+        (tmp_path / path).write_bytes(b"\xff\xd8 cut off")
+
+    monitor = Monitor(manifest, None, 0, max_bad=0.1)
+    for found, wanted in zip(monitor.knn_votes(backbone), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert "1 photographs cannot be read" in caplog.text
+    record = monitor.look(backbone, 2, TrainingOptions())
+    embeddings, readable = monitor.embeddings(backbone, manifest.split("train"))
+    assert readable == [record for record in kept if record.split == "train"]
+    assert record["rankme"] == rankme(embeddings)
+    with pytest.raises(InputError, match=manifest.split("train")[3].path):
+        Monitor(manifest, None, 0).look(backbone, 1, TrainingOptions())
 
 
 def test_a_look_without_grades_has_no_votes(manifest):

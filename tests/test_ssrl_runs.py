@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from conftest import child_environment, tiny_flags
@@ -107,10 +108,20 @@ def test_stopped_and_resumed_is_uninterrupted(whole, tiny, monkeypatch, stop, wo
     assert_same_run("run", whole[0])
 
 
-@pytest.mark.parametrize("at", ["log", "save"])
-def test_what_a_gpu_tells_late_is_found_before_it_is_logged_or_saved(tiny, monkeypatch, at):
+@pytest.mark.parametrize(
+    "changed, found, kept",
+    [
+        ({"log_every": 3}, 3, 0),
+        ({"log_every": 100}, 5, 0),  # at the end of the epoch
+        ({"log_every": 100, "save_minutes": 0.0}, 2, 1),  # each step is saved
+    ],
+    ids=["log", "epoch", "save"],
+)
+def test_what_a_gpu_tells_late_is_found_before_it_is_logged_or_saved(
+    tiny, monkeypatch, changed, found, kept
+):
     """A loss of step 2 that is not finite and is not asked for at once; an epoch has 5 steps."""
-    o, finite, distill = tiny(log_every=3 if at == "log" else 100), SSRL.check_finite, []
+    o, finite, distill = tiny(**changed), SSRL.check_finite, []
     monkeypatch.setattr(SSRL, "check_finite", lambda v, step: len(v) == 1 or finite(v, step))
     real = SSRL.losses.distillation_loss
 
@@ -119,10 +130,45 @@ def test_what_a_gpu_tells_late_is_found_before_it_is_logged_or_saved(tiny, monke
         return real(*arguments) * (float("nan") if len(distill) == 2 else 1)
 
     monkeypatch.setattr(SSRL.losses, "distillation_loss", spoilt)
-    with pytest.raises(Diverged, match="step 3" if at == "log" else "step 5"):
+    with pytest.raises(Diverged, match=f"step {found}"):
         SSRL.main(o, None)
-    assert load_torch(Path("run/checkpoint.pth"))["step"] == 0
+    assert load_torch(Path("run/checkpoint.pth"))["step"] == kept
     assert not trained("run")[1]
+
+
+def test_every_epoch_ends_with_a_line_of_the_log(tiny):
+    """So a short trial shows its losses, and a collapse is judged by losses of that epoch."""
+    SSRL.main(tiny(log_every=100, koleo_weight=0.1), None)
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "loss" in r and "koleo" in r] == [5, 10]
+
+
+def test_what_cannot_start_writes_and_deletes_nothing(tiny):
+    """Weights are read late, when data and folder have been found good."""
+    Path("broken.pth").write_bytes(b"no weights")
+    with pytest.raises(InputError, match="broken.pth"):
+        SSRL.main(tiny(init="broken.pth"), None)
+    assert not Path("run").exists()
+
+    SSRL.main(tiny(epochs=1), None)
+    before = {path.name: path.stat().st_mtime_ns for path in Path("run").iterdir()}
+    with pytest.raises(InputError, match="broken.pth"):
+        SSRL.main(tiny(init="broken.pth", overwrite=True), None)
+    assert before == {path.name: path.stat().st_mtime_ns for path in Path("run").iterdir()}
+
+
+def test_a_photograph_that_cannot_be_read_does_not_end_a_run(tiny, tmp_path, caplog):
+    """Neither where training takes it, nor where it is looked at between epochs."""
+    manifest = helpers.draw_prepared(tmp_path / "set", train=40, val=10, test=1)
+    for split in ("train", "val"):
+        path = tmp_path / "set" / manifest.split(split)[0].path
+        path.write_bytes(path.read_bytes()[:50])
+    SSRL.main(tiny(data=str(tmp_path / "set"), knn_every=1, max_bad=0.1), None)
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in lines if "knn_qwk" in r] == [0, 1, 2]
+    assert "1 photographs cannot be read" in caplog.text
+    with pytest.raises(InputError, match="damaged or cut off"):
+        SSRL.main(tiny(data=str(tmp_path / "set"), max_bad=0.0, overwrite=True), None)
 
 
 def test_compile_is_refused_on_a_cpu_before_anything_is_deleted(tiny):
