@@ -95,14 +95,16 @@ def blueprint(arch: str) -> Blueprint:
     Raises InputError for unknown names, and for networks that are no plain sequence of patch
     tokens and transformer blocks (timm's VisionTransformer or Eva).
     """
-    architecture = find_architecture(arch)
-    with torch.device("meta"):  # no memory is taken, however large the network
-        network = timm.create_model(architecture.timm_name, num_classes=0, **architecture.changes)
-    is_vit = isinstance(network, (VisionTransformer, Eva))
-    if not is_vit or not isinstance(network.patch_embed, PatchEmbed):
+    network = _sketch(arch)
+    if not isinstance(network, (VisionTransformer, Eva)):
         raise InputError(
             f"--arch {arch}: is a {type(network).__name__}; expected a vision transformer with "
             "patch tokens throughout (timm's VisionTransformer or Eva)"
+        )
+    if not isinstance(network.patch_embed, PatchEmbed):
+        raise InputError(
+            f"--arch {arch}: makes its patches by a {type(network.patch_embed).__name__}; expected "
+            "a network that cuts the image into patches (timm's PatchEmbed)"
         )
     has_position_embedding = network.pos_embed is not None
     patch_size = network.patch_embed.patch_size[0]
@@ -110,9 +112,29 @@ def blueprint(arch: str) -> Blueprint:
     return Blueprint(patch_size, image_size, has_position_embedding)
 
 
+def _sketch(arch: str) -> nn.Module:
+    """Return an architecture's network, which takes no memory for its weights."""
+    architecture = find_architecture(arch)
+    with torch.device("meta"):
+        return timm.create_model(architecture.timm_name, num_classes=0, **architecture.changes)
+
+
 def default_patch_size(arch: str) -> int:
-    """Return the side of an architecture's own patches in pixels; 16 for the short names."""
+    """Return the side of an architecture's own patches in pixels."""
     return blueprint(arch).patch_size
+
+
+@functools.cache
+def _are_alike(arch: str, other: str) -> bool:
+    """Return whether two architectures differ in nothing but the sizes of patches and images."""
+    described = []
+    for network in (_sketch(arch), _sketch(other)):
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        for name in ("patch_embed.proj.weight", "pos_embed"):
+            shapes.pop(name, None)
+        heads = [module.num_heads for module in network.modules() if hasattr(module, "num_heads")]
+        described.append((type(network), shapes, heads))
+    return described[0] == described[1]
 
 
 @dataclass(frozen=True)
@@ -134,11 +156,12 @@ class BackboneSpec:
     @property
     def timm_name(self) -> str:
         """The network of timm that these weights fit as they are; empty where there is none."""
-        name = self.arch
-        if name in ARCHS:
+        name = self.arch.partition(".")[0]
+        if name in ARCHS and not ARCHS[name].changes:
+            name = ARCHS[name].timm_name
+        elif name in ARCHS:
             name = f"{name}_patch{self.patch_size}_224"
-        name = name.partition(".")[0]
-        if self.pooling or not timm.is_model(name):
+        if self.pooling or not timm.is_model(name) or not _are_alike(self.arch, name):
             return ""
         own = blueprint(name)
         fits = not own.has_position_embedding or own.image_size == self.image_size
@@ -192,7 +215,10 @@ class Backbone(nn.Module):
         self.vit = create_vit(spec, drop_path)
         self.checkpointing = False  # keep less for gradients: slower, in less memory
         self.embeds_cls = self._has_cls() and not isinstance(self.vit.norm, nn.Identity)
-        self.is_plain = self.embeds_cls and is_plain(self.vit)
+        self.is_plain = self.embeds_cls and has_plain_blocks(self.vit)
+        if self.embeds_cls and isinstance(getattr(self.vit, "attn_pool", None), nn.Module):
+            # Nothing reads what it pools, so it would wait for gradients that never come.
+            self.vit.attn_pool.requires_grad_(False)
         # Files know nothing of this wrapper: weights stand in them under timm's names.
         self.register_state_dict_post_hook(_without_prefix)
         self.register_load_state_dict_pre_hook(_with_prefix)
@@ -238,14 +264,14 @@ class Backbone(nn.Module):
         return self.vit.norm(x[:, 0])
 
     def all_tokens(
-        self, images: Tensor, masks: Tensor | None = None, mask_token: Tensor | None = None
+        self, images: Tensor, hidden: Tensor | None = None, mask_token: Tensor | None = None
     ) -> Tokens:
         """Return embedding and patch tokens of normalised images (B, 3, h, w).
 
-        Where `masks` (B, N) is true, `mask_token` (D,) takes the place of the patch's embedding,
+        Where `hidden` (B, N) is true, `mask_token` (D,) takes the place of the patch's embedding,
         before its position is added.
         """
-        with self._masked(masks, mask_token):
+        with self._masked(hidden, mask_token):
             x = self._normed_tokens(images)
         return Tokens(self._embedding(x), x[:, self.num_prefix_tokens :])
 
@@ -272,7 +298,7 @@ class Backbone(nn.Module):
         """Return the last block's attention of [CLS] to all tokens, (B, H, N), rows summing to 1.
 
         The first `num_prefix_tokens` of them are [CLS] itself and registers, then come the
-        patches. Raises InputError for a network without [CLS].
+        patches. Raises InputError for a network without [CLS], or without one map for each head.
         """
         if not self._has_cls():
             raise InputError(f"{self.spec.arch}: has no [CLS] token whose attention could be shown")
@@ -334,7 +360,9 @@ class Backbone(nn.Module):
         The last block multiplies by its weights only where timm's fused attention is off; the
         dropout that they pass through shows them.
         """
-        attention_layer = self.vit.blocks[-1].attn
+        attention_layer = getattr(self.vit.blocks[-1], "attn", None)
+        if not hasattr(attention_layer, "attn_drop"):
+            raise InputError(f"{self.spec.arch}: its blocks have no attention that could be shown")
         recorded = []
 
         def record(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -351,14 +379,14 @@ class Backbone(nn.Module):
         return recorded[0]
 
     @contextlib.contextmanager
-    def _masked(self, masks: Tensor | None, mask_token: Tensor | None) -> Iterator[None]:
-        """Let `mask_token` (D,) take the place of the patches at `masks` (B, N) inside."""
-        if masks is None:
+    def _masked(self, hidden: Tensor | None, mask_token: Tensor | None) -> Iterator[None]:
+        """Let `mask_token` (D,) take the place of the `hidden` patches (B, N) inside."""
+        if hidden is None:
             yield
             return
 
         def replace(_module: nn.Module, _inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
-            here = masks.view(embedded.shape[:-1]).unsqueeze(-1)  # (B, rows, columns, 1)
+            here = hidden.view(embedded.shape[:-1]).unsqueeze(-1)  # (B, rows, columns, 1)
             return torch.where(here, mask_token.to(embedded.dtype), embedded)
 
         # A hook, since every family of timm adds its positions in a way of its own.
@@ -387,7 +415,7 @@ def _with_prefix(
 
 
 # ------------------------------------------------------ a plain block, as far as its output is read
-def is_plain(vit: nn.Module) -> bool:
+def has_plain_blocks(vit: nn.Module) -> bool:
     """Say whether a network is a ViT whose blocks `run_block` computes as timm does.
 
     Such a block has one linear layer for queries, keys and values and one after them, norms before
@@ -396,13 +424,13 @@ def is_plain(vit: nn.Module) -> bool:
     """
     needed = {"norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"}
     allowed = needed | {"ls1", "ls2"}
-    if type(vit) is not VisionTransformer:
-        return False
     # A subclass may compute otherwise from the same parameters, hence no isinstance.
+    if type(vit) is not VisionTransformer or any(type(block) is not Block for block in vit.blocks):
+        return False
     for block in vit.blocks:
         owners = {name.rpartition(".")[0] for name, _ in block.named_parameters()}
         has_bias = getattr(getattr(block.attn, "qkv", None), "bias", None) is not None
-        if type(block) is not Block or not needed <= owners <= allowed or not has_bias:
+        if not needed <= owners <= allowed or not has_bias:
             return False
         if any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules()):
             return False
@@ -525,14 +553,14 @@ class Network(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
 
     def forward(
-        self, crops: Sequence[Tensor], masked: Tensor | None = None, hidden: Tensor | None = None
+        self, crops: Sequence[Tensor], wanted: Tensor | None = None, hidden: Tensor | None = None
     ) -> Outputs:
         """Return the outputs for crops (V_i B, 3, h, w) of each resolution, global ones first.
 
-        `masked` (M,) are places among the 2 B N patches of the global crops, whose logits are
-        wanted; `hidden` (2 B, N) are the patches that the mask token takes the place of.
+        `wanted` (M,) are the patches whose logits are returned, by their places among all 2 B N
+        of the global crops; `hidden` (2 B, N) are those that the mask token takes the place of.
         """
-        if masked is None:
+        if wanted is None:
             cls_tokens = [self.backbone(batch) for batch in crops]
             return Outputs(self.head(torch.cat(cls_tokens)), cls_tokens[0], None)
 
@@ -543,5 +571,5 @@ class Network(nn.Module):
             cls_tokens.append(self.backbone(batch))
         # One head serves [CLS] and patches (DINOv2, arXiv 2304.07193, section 4), in two passes,
         # so that each has its own statistics where the head has batch norm.
-        patch_logits = self.head(tokens.patches.flatten(0, 1)[masked])
+        patch_logits = self.head(tokens.patches.flatten(0, 1)[wanted])
         return Outputs(self.head(torch.cat(cls_tokens)), tokens.embedding, patch_logits)

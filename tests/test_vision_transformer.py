@@ -162,7 +162,8 @@ def test_frozen_features_are_timms_intermediate_layers(blocks):
 # ------------------------------------------------------------------------------- any ViT of timm
 
 # Registers and LayerScale; rotary positions; a plain one; 12 narrow heads; no [CLS], pooled by
-# attention; [CLS] beside a norm of what is pooled; a second prefix token.
+# attention; [CLS] beside a norm of what is pooled; a second prefix token; two attentions side by
+# side in a block; attention and MLP side by side; [CLS] beside a pool by attention.
 FAMILIES = [
     "vit_small_patch14_reg4_dinov2",
     "vit_small_patch16_dinov3",
@@ -171,7 +172,15 @@ FAMILIES = [
     "vit_base_patch16_siglip_224",
     "eva02_tiny_patch14_224",
     "deit_tiny_distilled_patch16_224",
+    "vit_small_patch16_18x2_224",
+    "vit_base_patch16_xp_224",
+    "vit_pe_core_tiny_patch16_384",
 ]
+NO_MAPS = {
+    "vit_base_patch16_siglip_224": "has no .CLS. token",
+    "vit_small_patch16_18x2_224": "have no attention that could be shown",
+    "vit_base_patch16_xp_224": "have no attention that could be shown",
+}
 
 
 @cache
@@ -227,7 +236,7 @@ def test_any_vit_is_timms(arch):
     assert expected.std(dim=0).max() > 1e-3, "images differ"
 
 
-@pytest.mark.parametrize("arch", [name for name in FAMILIES if "siglip" not in name])
+@pytest.mark.parametrize("arch", [name for name in FAMILIES if name not in NO_MAPS])
 def test_attention_of_any_vit_is_what_timm_extracts(arch):
     backbone = family(arch)
     size = 6 * backbone.spec.patch_size
@@ -244,10 +253,22 @@ def test_attention_of_any_vit_is_what_timm_extracts(arch):
     assert (expected - 1 / expected.shape[-1]).abs().max() > 1e-4, "it is not uniform"
 
 
-def test_attention_needs_a_cls_token():
-    size = 6 * family("vit_base_patch16_siglip_224").spec.patch_size
-    with pytest.raises(InputError, match="has no .CLS. token"):
-        family("vit_base_patch16_siglip_224").cls_attention(torch.zeros(1, 3, size, size))
+@pytest.mark.parametrize("arch, reason", NO_MAPS.items())
+def test_networks_without_one_map_for_each_head_are_refused(arch, reason):
+    size = 6 * family(arch).spec.patch_size
+    with pytest.raises(InputError, match=reason):
+        family(arch).cls_attention(torch.zeros(1, 3, size, size))
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_parameter_that_trains_gets_a_gradient(arch):
+    """Several processes wait for the gradients of all of them."""
+    backbone = family(arch)
+    size = 6 * backbone.spec.patch_size
+    backbone(torch.randn(2, 3, size, size)).square().sum().backward()
+    for name, parameter in backbone.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        parameter.grad = None
 
 
 @pytest.mark.parametrize("arch", ["vit_pico", "vit_small_patch16_dinov3"])
@@ -312,7 +333,7 @@ def test_weights_stand_under_timms_names():
         ("qqqq", "short names: vit_pico"),
         ("swin_tiny_patch4_window7_224", "is a SwinTransformer"),
         ("resnet18", "is a ResNet"),
-        ("vit_small_r26_s32_224", "patch tokens throughout"),
+        ("vit_small_r26_s32_224", "makes its patches by a HybridEmbed"),
     ],
 )
 def test_other_networks_are_refused(arch, reason):
@@ -326,13 +347,17 @@ def test_other_networks_are_refused(arch, reason):
         (BackboneSpec("vit_small", 16, 224), "vit_small_patch16_224"),
         (BackboneSpec("vit_small", 16, 96), ""),
         (BackboneSpec("vit_nano", 16, 224), ""),
+        (BackboneSpec("unchanged", 14, 518), "vit_small_patch14_dinov2"),
+        (BackboneSpec("vit_giant", 14, 224), ""),  # timm's of that name has a wider MLP
         (BackboneSpec("vit_small_patch14_dinov2", 14, 518), "vit_small_patch14_dinov2"),
         (BackboneSpec("vit_small_patch14_dinov2", 14, 224), ""),
         (BackboneSpec("vit_small_patch16_dinov3", 16, 96), "vit_small_patch16_dinov3"),
         (BackboneSpec("vit_small_patch16_224", 16, 224, pooling="avg"), ""),
     ],
 )
-def test_timm_is_named_where_it_loads_the_weights(spec, name):
+def test_timm_is_named_where_it_loads_the_weights(spec, name, monkeypatch):
+    monkeypatch.setitem(vt.ARCHS, "unchanged", vt.Architecture("vit_small_patch14_dinov2", {}))
+    monkeypatch.setitem(vt.ARCHS, "vit_giant", vt._plain_vit(1408, 40, 16))
     assert spec.timm_name == name
 
 
