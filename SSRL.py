@@ -58,11 +58,10 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     """Self-supervised training; the defaults are configs/eyepacs_vits16.yaml."""
 
     arch: str = "vit_small"
-    """Backbone: vit_pico, vit_nano, vit_tiny, vit_small, vit_small_h12, vit_base, vit_large, or
-    any ViT of timm by its name."""
+    """Backbone: a short name (vit_nano, vit_tiny, vit_small, vit_base, ...) or any ViT of timm by
+    its name."""
     patch_size: Annotated[int, Bounds(0, 256)] = 0
-    """Side of a patch in pixels, 8 and 16 in the paper; 0: the architecture's own, 16 for the
-    short names."""
+    """Side of a patch in pixels, 8 and 16 in the paper; 0: the architecture's own."""
     init: str = "timm:vit_small_patch16_224.dino"
     """Weights to start from: a run folder, a file, timm:NAME (downloads), or none."""
     checkpoint_key: Literal["teacher", "student"] = "teacher"
@@ -152,10 +151,27 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise InputError(f"--{name}: expected three numbers, for red, green and blue")
-        if self.koleo_weight and self.batch_size == 1:
+        if self.batch_size < self.smallest_batch:
             raise InputError("--koleo-weight: expected 0 at a --batch-size of 1, with no neighbour")
         if self.centering == "sinkhorn" and self.accumulate > 1:
             raise InputError("--accumulate: expected 1 with --centering sinkhorn")
+
+    @property
+    def compares_photographs(self) -> bool:
+        """Whether what a step learns from a photograph depends on others of its micro-batch."""
+        # Batch norm and Sinkhorn take statistics of a batch, KoLeo its nearest neighbours, and the
+        # patch objective averages over the crops that have hidden patches.
+        return (
+            self.centering == "sinkhorn"
+            or self.use_bn_in_head
+            or self.koleo_weight > 0
+            or self.patch_weight > 0
+        )
+
+    @property
+    def smallest_batch(self) -> int:
+        """The smallest micro-batch that the objective is defined on."""
+        return 2 if self.koleo_weight else 1
 
     @property
     def mask_grid(self) -> int:
@@ -354,7 +370,7 @@ class Loss(NamedTuple):
     total: Tensor  # a scalar, to be differentiated
     terms: dict[str, Tensor]  # each term by name: a scalar without weight and gradient
     targets: Tensor  # (2, B, K), the teacher's, of [CLS]
-    means: dict[str, Tensor]  # (K,) of the teacher's logits, by the centre that they move
+    means: dict[str, Tensor]  # (K,) of the teacher's logits, by the State's centre that they move
 
 
 def compute_loss(
@@ -424,7 +440,8 @@ def train_step(state: State, batches: Iterator[CropBatch], run: Run) -> StepResu
 
     # What stochastic depth drops depends on the step and the process, not on earlier draws, so
     # that a resumed run drops the same.
-    torch.manual_seed((o.seed * 1_000_003 + state.step) * 1024 + run.processes.rank)
+    step_seed = (o.seed * 1_000_003 + state.step) * 1024  # room for 1,024 processes
+    torch.manual_seed(step_seed + run.processes.rank)
 
     found: list[Loss] = []
     waited = 0.0
@@ -433,7 +450,8 @@ def train_step(state: State, batches: Iterator[CropBatch], run: Run) -> StepResu
         crops, masks = next(batches)
         waited += time.perf_counter() - started
 
-        # The teacher sees the global crops whole, the student all crops, some patches masked.
+        # The teacher sees the global crops whole, the student all crops, with some patches of the
+        # global ones hidden. Both give logits of these patches.
         with devices.exchange_gradients(run.student, now=micro == o.accumulate - 1):
             with devices.autocast(run.processes.device, run.dtype):
                 with torch.no_grad():
@@ -446,18 +464,21 @@ def train_step(state: State, batches: Iterator[CropBatch], run: Run) -> StepResu
     # The student moves, then the teacher and the centres; none of them where fp16 overflowed.
     terms = losses.mean_by_name([loss.terms for loss in found])
     terms = losses.mean_over_processes(terms)
-    if apply_gradients(state, run, terms):
+    accepted = apply_gradients(state, run, terms)
+    state.history.add(terms)
+    if accepted:
         update_teacher(state.teacher, state.student, schedules.momentum)
+        centers = {"center": state.center, "patch_center": state.patch_center}
         for name, mean in losses.mean_by_name([loss.means for loss in found]).items():
-            losses.update_center(getattr(state, name), mean)
+            losses.update_center(centers[name], mean)
     state.step += 1
     return StepResult(schedules, terms, loss.targets, waited)
 
 
 def apply_gradients(state: State, run: Run, terms: dict[str, Tensor]) -> bool:
-    """Clip and step; False, with nothing changed, when fp16 overflowed. Notes the step's losses.
+    """Clip the gradients and move the student; return False where fp16 overflowed, and it stays.
 
-    On a CPU raises Diverged with nothing changed if loss or gradients are not finite. A GPU would
+    On a CPU raises Diverged, with nothing changed, if loss or gradients are not finite. A GPU would
     be waited for: it is asked before anything is logged or saved.
     """
     o = run.options
@@ -465,11 +486,11 @@ def apply_gradients(state: State, run: Run, terms: dict[str, Tensor]) -> bool:
     scaler.unscale_(state.optimizer)
     norm = clip_gradients(list(state.student.parameters()), o.clip_grad)
     if not scaler.is_enabled():
-        # Not finite if any gradient is not. An enabled scaler skips such a step by itself.
+        # 0 times infinity is NaN: a gradient that is not finite shows in the loss, whenever that is
+        # looked at. An enabled scaler skips such a step by itself.
         terms["loss"] = terms["loss"] + 0 * norm
     if norm.device.type == "cpu":
         check_finite(list(terms.values()), state.step)
-    state.history.add(terms)
 
     # Fixed prototypes at the start keep the targets from moving as fast as the student.
     if state.step < o.freeze_last_layer * run.sampler.steps_per_epoch:

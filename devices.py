@@ -168,8 +168,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def use_fast_matmul(device: torch.device) -> None:
     """Let oneDNN multiply fp32 matrices on a CPU, where it does so in full precision.
 
-    torch asks MKL, which is slow on processors of other makers than Intel. Its switch for oneDNN
-    allows bf16 inside, which oneDNN takes where the processor has AMX: there the switch stays off.
+    By itself torch asks MKL, which is slow on processors of other makers than Intel. It asks oneDNN
+    only where products may be rounded to bf16 inside (`fp32_precision`). oneDNN makes use of that
+    permission on processors with AMX alone; on all others its products are fp32 in full, and only
+    there is the permission given.
     """
     backend = torch.backends.mkldnn
     if device.type != "cpu" or not backend.is_available() or "amx_bf16" in _cpu_flags():
@@ -292,24 +294,14 @@ def memory_advice(options: Any) -> Iterator[None]:
 
 def _smaller_batch(options: Any) -> str:
     """Return flags that spread a step over more micro-batches; "" where the batch has no parts."""
-    # KoLeo pushes each photograph away from its neighbour, so that it needs two.
-    least = 1
-    if options.koleo_weight:
-        least = 2
     size = options.batch_size
-    divisors = [parts for parts in range(2, size // least + 1) if size % parts == 0]
+    most_parts = size // options.smallest_batch
+    divisors = [parts for parts in range(2, most_parts + 1) if size % parts == 0]
     if not divisors:
         return ""
 
     parts = divisors[0]
     advice = f"--batch-size {size // parts}"
-    # Sinkhorn, KoLeo and batch norm compare photographs of one micro-batch, and the patch objective
-    # averages over its masked crops: what is learned then depends on its size.
-    if (
-        options.centering != "mean"
-        or options.koleo_weight
-        or options.use_bn_in_head
-        or options.patch_weight
-    ):
+    if options.compares_photographs:
         return f"{advice}, which makes other steps"
     return f"{advice} --accumulate {options.accumulate * parts}, which makes the same steps"

@@ -26,11 +26,9 @@ class TrainingOptions:
 
     batch_size: int = 8
     accumulate: int = 1
-    centering: str = "mean"
-    koleo_weight: float = 0.0
-    patch_weight: float = 0.0
-    use_bn_in_head: bool = False
     checkpointing: bool = False
+    smallest_batch: int = 1
+    compares_photographs: bool = False
 
 
 # ------------------------------------------------------------------------------------------ device
