@@ -34,6 +34,12 @@ KEPT = YIQ_TO_RGB @ np.diag([1, 0, 0]) @ RGB_TO_YIQ
 COSINE = YIQ_TO_RGB @ np.diag([0, 1, 1]) @ RGB_TO_YIQ
 SINE = YIQ_TO_RGB @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ RGB_TO_YIQ
 
+# What the 14 numbers of a crop's colour change are, in this order.
+MATRIX = slice(0, 9)  # of RGB, 0 to 1, row by row
+OFFSET = slice(9, 12)
+SIGMA = 12  # of the blur in pixels; 0: none
+THRESHOLD = 13  # of solarizing, NO_SOLARIZE: none
+
 BLUR_RADIUS = 6  # pixels each side: three of the largest sigma, 2
 NO_SOLARIZE = 2.0  # a threshold that no pixel reaches
 CACHE = 2**18  # numbers in fp32 that, a few times over, fit a core's cache
@@ -131,8 +137,8 @@ class MultiCrop:
     def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
         """Return the views of a uint8 photograph (3, h, w) for a key of non-negative integers.
 
-        `global` (2, 3, G, G) and `local` (V, 3, L, L) are uint8; `color` (2 + V, 14) is float32:
-        matrix 9, offset 3, blur sigma, solarize threshold. With a mask grid, `mask` (2, N) is bool.
+        `global` (2, 3, G, G) and `local` (V, 3, L, L) are uint8; `color` (2 + V, 14) is float32, as
+        MATRIX and the constants beside it say. With a mask grid, `mask` (2, N) is bool.
         """
         rng = np.random.default_rng(key)
         crops, colors = [], []
@@ -225,21 +231,23 @@ def cut(image: Tensor, window: Window, size: int, angle: float = 0.0) -> Tensor:
     if not angle:
         return resize(image[:, top : top + h, left : left + w], size, size).contiguous()
 
-    # Stretched to a square and then turned, a window needs this much more on every side.
+    # A square that is turned fits into one |sin| + |cos| times as wide. Half of what that is wider
+    # goes to either side. (The window is stretched to a square before it is turned.)
     turn = math.radians(angle)
-    more = abs(math.sin(turn)) + abs(math.cos(turn)) - 1
-    pad_h = math.ceil(h * more / 2 - 1e-6)
-    pad_w = math.ceil(w * more / 2 - 1e-6)
-    tall = h + 2 * pad_h
-    wide = w + 2 * pad_w
+    wider = abs(math.sin(turn)) + abs(math.cos(turn)) - 1
+    margin_h = math.ceil(h * wider / 2 - 1e-6)
+    margin_w = math.ceil(w * wider / 2 - 1e-6)
+    tall = h + 2 * margin_h
+    wide = w + 2 * margin_w
 
-    # What of the wider window lies in the photograph, and black where it does not.
-    y = top - pad_h
-    x = left - pad_w
+    # What of the wider window lies in the photograph, and black where it does not. A slice must not
+    # end below 0, where Python counts from the other end.
+    y = top - margin_h
+    x = left - margin_w
     around = image[:, max(y, 0) : max(y + tall, 0), max(x, 0) : max(x + wide, 0)]
-    pad_y = max(-y, 0)
-    pad_x = max(-x, 0)
-    padding = (pad_x, wide - around.shape[2] - pad_x, pad_y, tall - around.shape[1] - pad_y)
+    above = max(-y, 0)
+    before = max(-x, 0)
+    padding = (before, wide - around.shape[2] - before, above, tall - around.shape[1] - above)
     around = resize(F.pad(around, padding), round(tall * size / h), round(wide * size / w))
     return _rotate_and_crop(around, angle, size)
 
@@ -275,7 +283,7 @@ def draw_color(mean: np.ndarray, strength: float, rng: np.random.Generator) -> n
             if change == 0:
                 matrix = matrix * brightness
                 offset = offset * brightness
-            elif change == 1:  # about the mean grey of the crop as it is by then
+            elif change == 1:  # x -> c x + (1 - c) grey, the mean grey after the changes so far
                 grey = LUMA @ (matrix @ mean + offset)
                 matrix = matrix * contrast
                 offset = offset * contrast + (1 - contrast) * grey
@@ -424,22 +432,22 @@ def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tens
 def _color_part(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Do what `apply_color` says, for all crops at once."""
     rows = color.to(crops.device, non_blocking=True)
-    matrix = rows[:, :9].view(-1, 3, 3)
-    offset = rows[:, 9:12].view(-1, 3, 1)
+    matrix = rows[:, MATRIX].view(-1, 3, 3)
+    offset = rows[:, OFFSET].view(-1, 3, 1)
     # All of a crop's colours change by one product, from 0-255 to 0-1.
     images = torch.baddbmm(offset, matrix / 255, crops.float().flatten(2))
     images = images.clamp_(0, 1).view(crops.shape)
 
     # Which crops are blurred or solarized is asked of the CPU's copy, so that no GPU is waited for.
-    blurred = (color[:, 12] > 0).nonzero().squeeze(1)
+    blurred = (color[:, SIGMA] > 0).nonzero().squeeze(1)
     if len(blurred):
         index = blurred.to(crops.device, non_blocking=True)
-        images[index] = gaussian_blur(images[index], color[blurred, 12])
-    solarized = (color[:, 13] <= 1).nonzero().squeeze(1)
+        images[index] = gaussian_blur(images[index], color[blurred, SIGMA])
+    solarized = (color[:, THRESHOLD] <= 1).nonzero().squeeze(1)
     if len(solarized):
         index = solarized.to(crops.device, non_blocking=True)
         chosen = images[index]
-        threshold = rows[index, 13].view(-1, 1, 1, 1)
+        threshold = rows[index, THRESHOLD].view(-1, 1, 1, 1)
         images[index] = torch.where(chosen >= threshold, 1 - chosen, chosen)
     return images.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
 

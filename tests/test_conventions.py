@@ -98,8 +98,9 @@ def test_listing_is_the_table_of_contents():
     assert {f"{name}.py" for name in rooms} == {path.name for path in TOP}
 
 
-# A file is as long as its subject: these are one algorithm or one table each.
-LONG_FILES = {"SSRL.py": 660, "weights.py": 800, "vision_transformer.py": 550, "augment.py": 550}
+# A file is as long as its subject. These are one algorithm or one table each, with room for the
+# next objective, network or name rule; one that outgrows this has two subjects.
+LONG_FILES = {"SSRL.py": 750, "weights.py": 900, "vision_transformer.py": 650, "augment.py": 650}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -200,7 +200,7 @@ def test_koleo_is_the_naive_loop(batch, width):
     assert koleo_loss(x.bfloat16()).item() == koleo_loss(x.bfloat16().float()).item()
 
 
-def test_koleo_falls_as_embeddings_target_entropies():
+def test_koleo_falls_as_embeddings_spread():
     """Its gradient drives points on a circle to even distances: 2 sin(pi / B) to the next."""
     x = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, -0.3], [0.5, 0.8]]))
     optimizer = torch.optim.SGD([x], lr=0.02)
