@@ -38,6 +38,9 @@ from vision_transformer import (
     create_vit,
 )
 
+# As Hugging Face's hub names them, with a config.json beside them.
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
 State = dict[str, Tensor]
 
 
@@ -95,8 +98,10 @@ def read_weights(source: str, checkpoint_key: str = "teacher", *, arch: str = ""
     else:
         spec = identify(state, describe(file, layout), arch, str(path))
 
+    # Other projects write a config.yaml, too; only our files hold a spec or options.
     run = None
-    if (path.parent / "config.yaml").is_file():
+    is_ours = "spec" in file.content or "options" in file.content
+    if is_ours and (path.parent / "config.yaml").is_file():
         run = path.parent
     network = "" if path.suffix == ".safetensors" else checkpoint_key
     options = file.content.get("options", {})
@@ -124,7 +129,7 @@ class WeightsFile:
 
 def _find_file(path: Path, checkpoint_key: str) -> Path:
     """Return the file of weights that a path names, itself or the folder's."""
-    names = ["backbone.safetensors", "model.safetensors", "pytorch_model.bin"]
+    names = ["backbone.safetensors", *HUB_FILES]
     if checkpoint_key != "teacher":
         names = ["checkpoint.pth"]  # the others hold one network
     if path.is_dir():
@@ -219,7 +224,7 @@ def _download(source: str, arch: str) -> Weights:
     except Exception as error:  # a download fails in many ways, none of them ours
         raise InputError(
             f"{source}: could not be downloaded ({type(error).__name__}: {error}). Without "
-            "network, copy the weights' file here and name it instead; none is from scratch"
+            "network, copy the weights' file here and name that; --init none starts from scratch"
         ) from None
     state = network.state_dict()
     described = describe_config({"architecture": name, "pretrained_cfg": network.pretrained_cfg})
@@ -273,6 +278,17 @@ def _three_numbers(values: Iterable[Any]) -> tuple[float, ...]:
     return numbers
 
 
+# What timm's model_args may change: it shows in the weights, is read here or is for training alone.
+VISIBLE_CHANGES = (
+    *("embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "init_values"),
+    *("class_token", "reg_tokens", "patch_size", "img_size", "in_chans"),
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
+    *("num_classes", "global_pool", "weight_init", "fix_init"),
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    "drop_path_rate",
+)
+
+
 def describe_plain(file: WeightsFile) -> Description:
     """Return what DINO, iBOT or timm say: in the file, its header, or the config.json beside it."""
     arguments = file.content.get("args", {})
@@ -281,12 +297,17 @@ def describe_plain(file: WeightsFile) -> Description:
     if isinstance(arguments, dict) and "arch" in arguments:
         # DINO and iBOT take deit_small for another name of vit_small.
         return Description(arch=str(arguments["arch"]).replace("deit", "vit"))
-    if isinstance(file.content.get("arch"), str):  # a checkpoint of timm's train.py
+    if isinstance(file.content.get("arch"), str) and file.content["arch"] not in ARCHS:
+        # A checkpoint of timm's train.py has timm's name here. Scripts of others have a short one,
+        # which may mean another number of heads: MoCo v3's vit_small has 12.
         return Description(arch=file.content["arch"])
 
     config = file.content
     if not isinstance(config.get("architecture"), str):
-        config = file.json_beside("config.json")
+        config = {}
+        # Beside a file of another name it may be that of another network.
+        if file.path.name in HUB_FILES:
+            config = file.json_beside("config.json")
     return describe_config(config)
 
 
@@ -296,6 +317,12 @@ def describe_config(config: dict[str, Any]) -> Description:
     if isinstance(pretrained, str):  # headers of safetensors files hold text alone
         pretrained = json.loads(pretrained)
     changes = config.get("model_args") or {}
+    for name in changes:
+        if name not in VISIBLE_CHANGES:
+            raise InputError(
+                f"config.json: model_args has {name!r}, which weights do not show; expected only "
+                f"{', '.join(VISIBLE_CHANGES)}"
+            )
     return Description(
         arch=str(config.get("architecture", "")),
         num_heads=int(changes.get("num_heads", 0)),
@@ -413,7 +440,7 @@ LAYOUTS = (
         "Hugging Face's ViT and DINOv2",
         sign=r"(\w+\.)?embeddings\.patch_embeddings\.projection\.",
         teacher=("vit.", "dinov2.", "dinov2_with_registers.", ""),
-        dropped=r"pooler\.|classifier\.|embeddings\.mask_token$",
+        dropped=r"pooler\.|classifier\.|decoder\.|embeddings\.mask_token$",
         renames=(
             (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
             (r"^embeddings\.position_embeddings$", "pos_embed"),

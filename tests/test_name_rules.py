@@ -131,13 +131,44 @@ def test_metadata_in_the_header_of_a_safetensors_file(tmp_path):
 
 
 def test_a_checkpoint_of_timms_training_script(tmp_path):
-    network = network_of("vit_small")
-    content = {"arch": "vit_small", "state_dict": network.state_dict(), "epoch": 3}
-    content["args"] = argparse.Namespace(model="vit_small")
+    name = "test_vit"
+    network = timm.create_model(name, num_classes=0).eval()
+    content = {"arch": name, "state_dict": network.state_dict(), "epoch": 3}
+    content["args"] = argparse.Namespace(model=name)
     torch.save(content, tmp_path / "last.pth.tar")
     found = read_weights(str(tmp_path / "last.pth.tar"))
-    assert found.spec.arch == "vit_small"
+    assert found.spec.arch == name
     assert_same_features(found, network)
+
+
+def test_a_short_name_in_a_script_s_checkpoint_does_not_say_how_many_heads_there_are(tmp_path):
+    """MoCo v3's linear probe writes such files, and its vit_small has 12."""
+    network = network_of("vit_small_h12")
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    path = tmp_path / "linear.pth.tar"
+    torch.save({"arch": "vit_small", "state_dict": state, "epoch": 90}, path)
+    with pytest.raises(InputError, match="expected --arch vit_small .* or vit_small_h12"):
+        read_weights(str(path))
+    assert_same_features(read_weights(str(path), arch="vit_small_h12"), network)
+
+
+def test_changes_that_weights_do_not_show_are_refused(tmp_path):
+    network = timm.create_model("test_vit", num_classes=0).eval()
+    config = {"architecture": "test_vit", "model_args": {"num_classes": 0}}
+    torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_features(read_weights(str(tmp_path)), network)
+    config["model_args"]["act_layer"] = "relu"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="model_args has 'act_layer'"):
+        read_weights(str(tmp_path))
+
+
+def test_a_configuration_beside_a_file_of_another_name_is_another_networks(tmp_path):
+    network = network_of("vit_tiny")
+    torch.save(network.state_dict(), tmp_path / "dino.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224"}))
+    assert_same_features(read_weights(str(tmp_path / "dino.pth"), arch="vit_tiny"), network)
 
 
 def test_networks_without_position_embedding_have_the_size_that_their_configuration_says(tmp_path):
@@ -333,6 +364,7 @@ def test_vit_of_hugging_face_with_the_heads_of_its_config(tmp_path, prefix, arch
     state = as_transformers_writes(network, VIT_BLOCK, "encoder.layer", OLD_ATTENTION)
     state = prefixed(state, prefix)
     state |= {f"{prefix}pooler.dense.bias": torch.ones(2), "classifier.bias": torch.ones(2)}
+    state |= {"decoder.mask_token": torch.ones(2), "decoder.decoder_pred.weight": torch.ones(2)}
     heads = TINY[arch].changes["num_heads"]
     write_folder(tmp_path, state, {"num_attention_heads": heads}, mean=[0.5, 0.5, 0.5])
     found = read_weights(str(tmp_path))

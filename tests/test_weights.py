@@ -154,6 +154,14 @@ def test_runs_of_earlier_versions(tmp_path, kind):
         read_weights(str(tmp_path / kind), arch="vit_nano")
 
 
+def test_a_config_of_another_project_makes_no_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: vit\n")
+    torch.save(helpers.pico().state_dict(), tmp_path / "dino.pth")
+    assert read_weights(str(tmp_path / "dino.pth"), arch="vit_pico").run is None
+    weights.save_backbone(helpers.pico(), tmp_path / "backbone.safetensors", {})
+    assert read_weights(str(tmp_path)).run == tmp_path
+
+
 @pytest.mark.parametrize("spec", [{"arch": "vit_pico", "depth": 3}, {"arch": "vit_pico"}])
 def test_a_spec_of_another_version_is_refused(tmp_path, spec):
     torch.save({"teacher": helpers.pico().state_dict(), "spec": spec}, tmp_path / "a.pth")
