@@ -152,15 +152,18 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
             if len(getattr(self, name)) not in (0, 3):
                 raise InputError(f"--{name}: expected three numbers, for red, green and blue")
         if self.batch_size < self.smallest_batch:
-            raise InputError("--koleo-weight: expected 0 at a --batch-size of 1, with no neighbour")
+            raise InputError(
+                f"--batch-size {self.batch_size}: expected {self.smallest_batch} or more with "
+                "--koleo-weight, and with --patch-weight beside --use-bn-in-head"
+            )
         if self.centering == "sinkhorn" and self.accumulate > 1:
             raise InputError("--accumulate: expected 1 with --centering sinkhorn")
 
     @property
     def compares_photographs(self) -> bool:
         """Whether what a step learns from a photograph depends on others of its micro-batch."""
-        # Batch norm and Sinkhorn take statistics of a batch, KoLeo its nearest neighbours, and the
-        # patch objective averages over the crops that have hidden patches.
+        # Batch norm and Sinkhorn take statistics of a batch, KoLeo looks for neighbours in it, and
+        # the centre of the patch objective is a mean over as many patches as happen to be hidden.
         return (
             self.centering == "sinkhorn"
             or self.use_bn_in_head
@@ -171,7 +174,11 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     @property
     def smallest_batch(self) -> int:
         """The smallest micro-batch that the objective is defined on."""
-        return 2 if self.koleo_weight else 1
+        # KoLeo needs a neighbour; of one crop as few as one patch may be hidden, which has no
+        # variance for batch norm.
+        if self.koleo_weight or (self.use_bn_in_head and self.patch_weight):
+            return 2
+        return 1
 
     @property
     def mask_grid(self) -> int:
@@ -205,7 +212,7 @@ def build_networks(
             mean=options.mean or used_to.mean,
             std=options.std or used_to.std,
         )
-        if (spec.mean, spec.std) != (used_to.mean, used_to.std):
+        if weights and (spec.mean, spec.std) != (used_to.mean, used_to.std):
             log.warning("--init was trained with --mean %s --std %s", used_to.mean, used_to.std)
 
     # Seeded after the weights were read: reading may draw numbers, too.
@@ -213,7 +220,8 @@ def build_networks(
     backbone = vit.Backbone(spec, options.drop_path)
     if weights:
         load_weights(backbone, weights)
-    log.info("backbone: %s, init %s; projection head: from scratch", spec.arch, options.init)
+    if saved_spec is None:
+        log.info("backbone: %s, init %s; projection head: from scratch", spec.arch, options.init)
     head = vit.ProjectionHead(
         backbone.embed_dim,
         options.out_dim,

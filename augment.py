@@ -360,7 +360,7 @@ class PatchMasks(NamedTuple):
 
     hidden: Tensor | None = None  # (2 B, N) bool
     index: Tensor | None = None  # (M,) int64, their places among all 2 B N patches
-    weight: Tensor | None = None  # (M,) float32, 1 / (hidden ones of the crop x crops with any)
+    weight: Tensor | None = None  # (M,) float32, 1 / (hidden patches of its crop x 2 B crops)
 
 
 class CropBatch(NamedTuple):
@@ -404,7 +404,7 @@ def index_masks(hidden: Tensor, device: torch.device) -> PatchMasks:
     """
     per_crop = hidden.sum(dim=1)
     crop = hidden.nonzero()[:, 0]  # (M,)
-    weight = 1 / (per_crop[crop] * (per_crop > 0).sum())
+    weight = 1 / (per_crop[crop] * len(hidden))
     parts = (hidden, hidden.flatten().nonzero()[:, 0], weight)
     return PatchMasks(*(part.to(device, non_blocking=True) for part in parts))
 

@@ -1,7 +1,8 @@
-"""The self-distillation loss and what keeps it from collapsing: centring, Sinkhorn, KoLeo.
+"""The objectives, self-distillation and masked patches, and what keeps them from collapsing.
 
-Shapes: B images of this process, T teacher views (2), V student views, K prototypes. The student's
-first T views are the teacher's. Everything is computed in fp32, whatever the networks compute in.
+The latter are centring, Sinkhorn-Knopp and KoLeo. Shapes: B images of this process, T teacher views
+(2), V student views, M masked patches, K prototypes. The student's first T views are the teacher's.
+Everything is computed in fp32, whatever the networks compute in.
 """
 
 from __future__ import annotations
@@ -42,13 +43,12 @@ def patch_loss(
 
     `student_logits` and `teacher_probs` (M, K) are of the same M patches: the student saw a mask
     token in their place, the teacher the patches. `weight` (M,) is 1 / (masked patches of the
-    patch's crop x crops that have any). The naive form:
+    patch's crop x all crops). The naive form:
 
-        for crop in crops_with_masked_patches:
-            for m in masked_patches(crop):
-                of_crop.append(-(P[m] * log_softmax(S[m] / student_temp)).sum())
-            terms.append(mean(of_crop))
-        loss = mean(terms)                                       # iBOT, arXiv 2111.07832, eq. 2
+        for crop in crops:                                       # iBOT, arXiv 2111.07832, eq. 2
+            of_crop = [-(P[m] * log_softmax(S[m] / student_temp)).sum() for m in masked(crop)]
+            terms.append(mean(of_crop) if of_crop else 0)        # a crop without masks counts, too
+        loss = mean(terms)
     """
     log_probs = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
     cross_entropy = -(teacher_probs * log_probs).sum(dim=-1)  # (M,)
@@ -181,7 +181,7 @@ class History:
 
 
 def mean_by_name(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of each named value over the parts, which are equally large."""
+    """Return the mean of each named value over the parts; each counts the same."""
     means = {}
     for name in parts[0]:
         shares = [part[name] / len(parts) for part in parts]

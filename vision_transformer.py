@@ -569,7 +569,7 @@ class Network(nn.Module):
         cls_tokens = [tokens.embedding]
         for batch in crops[1:]:
             cls_tokens.append(self.backbone(batch))
-        # One head serves [CLS] and patches (DINOv2, arXiv 2304.07193, section 4), in two passes,
-        # so that each has its own statistics where the head has batch norm.
+        # One head serves [CLS] and patches (iBOT, arXiv 2111.07832, section 3; DINOv2 has two heads
+        # at scale), in two passes, so that each has its own statistics where there is batch norm.
         patch_logits = self.head(tokens.patches.flatten(0, 1)[wanted])
         return Outputs(self.head(torch.cat(cls_tokens)), tokens.embedding, patch_logits)

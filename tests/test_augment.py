@@ -462,7 +462,7 @@ def test_masks_of_a_batch_by_hand():
         [False] * 4,
     ]
     assert masks.index.tolist() == [4, 5, 7, 10]
-    assert masks.weight.tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
+    assert masks.weight.tolist() == pytest.approx([1 / 12, 1 / 12, 1 / 12, 1 / 4])
 
 
 # ------------------------------------------------------------------------------------------ options

@@ -3,7 +3,7 @@
 import os
 import signal
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import devices
+import SSRL
 from devices import Processes
 from utils import InputError
 
@@ -270,7 +271,7 @@ def test_out_of_memory_is_one_message(error):
     ids=str,
 )
 def test_advice_is_what_the_losses_take(changed, advice):
-    options = replace(TrainingOptions(), **changed)
+    options = SSRL.Options(**{"batch_size": 8, **changed})
     with pytest.raises(InputError) as caught, devices.memory_advice(options):
         raise MemoryError
     assert f"; try {advice}" in str(caught.value)

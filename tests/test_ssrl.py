@@ -226,8 +226,8 @@ def test_patch_objective_is_the_naive_one(tiny, centering):
         if len(target):
             cross = -(target * torch.log_softmax(prediction / 0.1, dim=1)).sum(dim=1)
             of_crops.append(cross.mean())
-    loss = sum(of_crops) / len(of_crops)
-    assert len(of_crops) == 8
+    loss = sum(of_crops) / 16
+    assert len(of_crops) == 8, "half of the crops have hidden patches; the others count, too"
     assert result.terms["patch"].item() == pytest.approx(loss.item(), rel=1e-5)
 
     # Self-distillation sees the mask token, too.
@@ -306,8 +306,10 @@ def test_the_default_arch_does_not_say_how_many_heads_an_init_has(tmp_path):
 
 
 def test_koleo_wants_a_neighbour(tiny):
-    with pytest.raises(ValueError, match="koleo-weight: expected 0 at a --batch-size of 1"):
+    with pytest.raises(ValueError, match="batch-size 1: expected 2 or more with --koleo-weight"):
         tiny(koleo_weight=0.1, batch_size=1)
+    with pytest.raises(ValueError, match="batch-size 1: expected 2 or more"):
+        tiny(patch_weight=1.0, use_bn_in_head=True, batch_size=1)
 
 
 def test_logged_loss_is_the_mean_since_the_last_one_whenever_it_stopped(tiny):

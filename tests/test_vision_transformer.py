@@ -310,6 +310,32 @@ def test_masked_patches_are_not_seen(arch):
     assert torch.equal(unmasked, backbone.all_tokens(images).patches)
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_hidden_patch_keeps_its_position(arch):
+    """A mask token that is what some content embeds to is the same as that content, in its place.
+
+    With one token for patch and position, hidden patches could not be told apart.
+    """
+    backbone = family(arch)
+    patch = backbone.spec.patch_size
+    images = torch.randn(1, 3, 6 * patch, 6 * patch, generator=torch.Generator().manual_seed(0))
+    content = torch.randn(3, patch, patch, generator=torch.Generator().manual_seed(1))
+    hidden = torch.zeros(1, 36, dtype=torch.bool)
+    filled = images.clone()
+    for row, column in ((0, 1), (3, 2), (5, 5)):
+        hidden[0, 6 * row + column] = True
+        rows = slice(patch * row, patch * (row + 1))
+        filled[0, :, rows, patch * column : patch * (column + 1)] = content
+    with torch.inference_mode():
+        token = backbone.vit.patch_embed(content.repeat(1, 6, 6)[None]).reshape(36, -1)[0]
+        found = backbone.all_tokens(images, hidden, token)
+        expected = backbone.all_tokens(filled)
+    assert (found.patches - expected.patches).abs().max() < 1e-4
+    assert (found.embedding - expected.embedding).abs().max() < 1e-4
+    places = found.patches[0, hidden[0]]
+    assert (places[0] - places[1]).abs().max() > 1e-3, "their positions tell them apart"
+
+
 def test_weights_stand_under_timms_names():
     """In state dicts, also of a network around the backbone; loading takes them back."""
     network = nn.ModuleDict({"backbone": Backbone(BackboneSpec("vit_pico", 16, 32))})
