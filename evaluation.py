@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -220,14 +221,17 @@ def cached_features(
         folder = evaluation.output
     path = folder / "features" / f"{name}.safetensors"
 
-    if not path.is_file():
-        dataset = PhotographDataset(manifest, records, view, seed)
-        workers = evaluation.options.workers
-        features = extract_features(
-            evaluation.backbone, dataset, evaluation.dtype, workers, "features"
-        )
-        write_atomic(path, lambda temporary: save_file(features, temporary))
-    return load_file(path)
+    if path.is_file():
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            log.warning("%s: is damaged (%s); its features are made anew", path, error)
+    dataset = PhotographDataset(manifest, records, view, seed)
+    features = extract_features(
+        evaluation.backbone, dataset, evaluation.dtype, evaluation.options.workers, "features"
+    )
+    write_atomic(path, lambda temporary: save_file(features, temporary))
+    return features
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

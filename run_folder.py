@@ -193,13 +193,10 @@ class RunFolder:
         It cuts from log.jsonl what came after the checkpoint, writes config.yaml, and on a fresh
         start the log's first line: command, fingerprint of the data, versions and options.
         """
+        if checkpoint:
+            options = _with_kept_values(options, checkpoint["options"])
         self.fingerprint = fingerprint
         self.options = _run_options(options, processes)
-        if checkpoint:
-            # Options that are left open keep the values that the run began with.
-            for name, value in self.options.items():
-                if value == []:
-                    self.options[name] = checkpoint["options"].get(name, value)
         if not processes.is_main:
             return
 
@@ -221,6 +218,15 @@ class RunFolder:
             first = {"command": sys.argv, "data": fingerprint, "versions": versions()}
             first["options"] = self.options
             write_record(self.path, first)
+
+
+def _with_kept_values(options: Any, kept: dict[str, Any]) -> Any:
+    """Return the options; those that are left open have the values that the run began with."""
+    changes = {}
+    for name, value in plain_options(options).items():
+        if value == [] and kept.get(name):
+            changes[name] = tuple(kept[name])
+    return dataclasses.replace(options, **changes)
 
 
 def _run_options(options: Any, processes: Processes) -> dict[str, Any]:

@@ -150,6 +150,19 @@ def test_a_file_without_checksum_is_known_by_its_time_and_place(tmp_path, extrac
     assert len(extractions) == 2
 
 
+def test_a_damaged_cache_is_made_anew(tmp_path, manifest, extractions, caplog):
+    opened = helpers.evaluation(Options(), manifest, tmp_path / "knn")
+    records = manifest.split("val")
+    first = cached_features(opened, manifest, records, WholeView(32))
+    (path,) = (tmp_path / "features").iterdir()
+    path.write_bytes(path.read_bytes()[:50])
+    again = cached_features(opened, manifest, records, WholeView(32))
+    assert len(extractions) == 2 and torch.equal(first["cls"], again["cls"])
+    assert f"{path}: is damaged" in caplog.text
+    cached_features(opened, manifest, records, WholeView(32))
+    assert len(extractions) == 2
+
+
 def features_of(source, manifest, output, **options):
     """Return the [CLS] of val by a file of weights, and the backbone."""
     weights = read_weights(str(source), options.get("checkpoint_key", "teacher"))
