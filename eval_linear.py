@@ -112,6 +112,10 @@ class Options(BackboneOptions, ViewOptions, DataOptions, RunOptions):
                     changed.append(flag_of(field.name))
             if changed:
                 raise InputError(f"--protocol paper fixes {', '.join(changed)}; leave them out")
+        if self.views == 0:
+            for field in fields(ViewOptions):
+                if getattr(self, field.name) != field.default:
+                    raise InputError(f"{flag_of(field.name)}: is about --views, which are none")
 
     @property
     def criterion(self) -> str:

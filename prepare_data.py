@@ -50,7 +50,7 @@ BAD_SHARE = 0.01
 
 @dataclass
 class PrepareOptions:
-    """What to prepare, where to, and how."""
+    """Prepare a data set once: check it, crop every photograph to its fundus, resize, split."""
 
     source: str
     """Data set as downloaded, class folders, a folder of photographs, or a csv (--path-column)."""

@@ -182,9 +182,11 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return this script's options, and those that are left for SSRL.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", required=True, help="name of the study")
-    parser.add_argument("--data", required=True, help="prepared folder")
+    parser.add_argument(
+        "--data", required=True, help="prepared folder, or a new one that --draw-seed draws into"
+    )
     parser.add_argument("--config", required=True, help="recipe")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a run for each")
     parser.add_argument("--draw-seed", type=int, help="draw synthetic photographs of this seed")
     parser.add_argument("--test-data", help="test the 15-NN on this, not on the test split")
     return parser.parse_known_args()

@@ -120,6 +120,13 @@ def test_the_papers_protocol_fixes_what_it_published(flag, changed):
         options(protocol="paper", **changed)
 
 
+@pytest.mark.parametrize("changed", [{"flip_vertical": False}, {"rotation": 10.0}])
+def test_options_of_views_that_are_not_drawn_are_refused(changed):
+    with pytest.raises(InputError, match="is about --views, which are none"):
+        options(**changed)
+    options(views=2, **changed)
+
+
 def test_the_papers_protocol_keeps_the_most_accurate_epoch():
     paper = options(protocol="paper")
     assert paper.criterion == "accuracy"

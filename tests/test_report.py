@@ -100,9 +100,11 @@ def test_undefined_values_and_intervals():
     assert report.cell(0.5, [0.25, 0.75]) == "0.500 [0.250, 0.750]"
 
 
-def test_a_folder_without_results_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match="eval_knn.py"):
+def test_a_folder_without_results_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
         report.tabulate([tmp_path])
+    assert caught.value.code == 2
+    assert f"{tmp_path}: no */results.json there; run eval_knn.py" in capsys.readouterr().err
 
 
 def test_the_program_prints_columns(tmp_path):

@@ -32,7 +32,9 @@ def read_results(run: Path) -> dict[str, dict[str, Any]]:
     # One level deeper lie the results on further test sets: knn/OTHER/results.json.
     files = [*run.glob("*/results.json"), *run.glob("*/*/results.json")]
     if not files:
-        sys.exit(f"{run}: no */results.json there; run eval_knn.py or eval_linear.py on it first")
+        message = "no */results.json there; run eval_knn.py or eval_linear.py on it first"
+        print(f"{run}: {message}", file=sys.stderr)
+        sys.exit(2)
     results = {}
     for file in files:
         name = file.parent.relative_to(run).as_posix()
@@ -131,7 +133,14 @@ def print_table(table: list[list[str]]) -> None:
 def main() -> None:
     """Print the table of the runs named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", nargs="+", type=Path, required=True, metavar="RUN")
+    parser.add_argument(
+        "--table",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="run folders to tabulate",
+    )
     print_table(tabulate(parser.parse_args().table))
 
 
