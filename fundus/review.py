@@ -26,18 +26,27 @@ Entry = dict[str, Any]  # of a list of doubts: `text`, and `pictures`, paths in 
 
 def brightest(picture: np.ndarray) -> int:
     """Return the grey level (0 to 255) that 99 % of a picture's pixels do not exceed."""
-    sums = picture.sum(axis=2, dtype=np.uint16)
+    sums = _channel_sums(picture)
     pixels_up_to = np.cumsum(np.bincount(sums.ravel()))
     return int(np.searchsorted(pixels_up_to, 0.99 * sums.size)) // 3
 
 
 def contrast(picture: np.ndarray) -> float:
     """Return the standard deviation of grey in a picture's middle half, away from the rim."""
-    sums = picture.sum(axis=2, dtype=np.uint16)
+    sums = _channel_sums(picture)
     height = sums.shape[0] // 4
     width = sums.shape[1] // 4
     middle = sums[height:-height, width:-width]
     return round(float(middle.std() / 3), 1)
+
+
+def _channel_sums(picture: np.ndarray) -> np.ndarray:
+    """Return red + green + blue, three times the grey level, of uint8 (H, W, 3): uint16 (H, W)."""
+    # Channel by channel, since numpy is ten times as slow at summing over an axis of three.
+    sums = picture[..., 0].astype(np.uint16)
+    sums += picture[..., 1]
+    sums += picture[..., 2]
+    return sums
 
 
 # -------------------------------------------------------------------------------- counts and doubts
