@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,9 @@ from tqdm import tqdm
 from augment import PaperView, WholeView
 from data import READABLE, PhotographDataset, View, evaluation_loader, grades_of
 from fundus import metrics
+from fundus.copies import signature
 from fundus.manifest import GRADES, Manifest, Record
-from utils import InputError, log
+from utils import InputError, log, sha256_of, write_atomic
 from vision_transformer import Backbone
 
 N_BLOCKS = 4  # whose [CLS] is kept: the most that any protocol reads
@@ -51,10 +55,12 @@ def extract_features(
 ) -> dict[str, Tensor]:
     """Return frozen features of a dataset's images, in its order, as fp32 on the CPU.
 
-    `cls` (N, 4, D): normed [CLS] of the last 4 blocks (fewer where there are fewer), the last one
-    last; `patch` (N, D): mean patch token of the last; `color` (N, 6): the input's RGB mean and
-    standard deviation, 0 to 1, against which features are held. `title` shows a progress bar.
-    Of a dataset that replaces photographs, also `bad` (N,) int64, as its items say it.
+    They are those of vision_transformer.FrozenFeatures by their names (`cls` of the last 4 blocks),
+    and `color` (N, 6): the input's RGB mean and standard deviation, 0 to 1, against which features
+    are held. `title` shows a progress bar. Where the dataset's view gives it, also `look` (N, 4096)
+    int8, each photograph's signature. Of a dataset that replaces photographs, also `bad` (N,)
+    int64, as its items say it. Raises InputError, naming the photograph, where a feature is not
+    finite.
     """
     hidden = None  # a bar on terminals alone
     if not title:
@@ -71,24 +77,114 @@ def extract_features(
     for batch in batches:
         images = batch["image"].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            cls_tokens, patch = backbone.frozen_features(backbone.normalize(images), N_BLOCKS)
-        parts["cls"].append(cls_tokens.float().cpu())  # (B, 4, D)
-        parts["patch"].append(patch.float().cpu())  # (B, D)
+            found = backbone.frozen_features(backbone.normalize(images), N_BLOCKS)
+        for name, values in found._asdict().items():
+            parts[name].append(values.float().cpu())
 
         pixels = images.float().flatten(2) / 255
         color = torch.cat([pixels.mean(dim=2), pixels.std(dim=2)], dim=1)
         parts["color"].append(color.cpu())  # (B, 6)
+        if "look" in batch:
+            parts["look"].append(batch["look"])
         if dataset.max_bad:
             parts["bad"].append(batch["bad"])
     backbone.train(was_training)
-    return {name: torch.cat(pieces) for name, pieces in parts.items()}
+    features = {name: torch.cat(pieces) for name, pieces in parts.items()}
+    check_finite(features, dataset.records)
+    return features
+
+
+def check_finite(features: dict[str, Tensor], records: list[Record]) -> None:
+    """Raise InputError, naming the first photograph, where a feature of it is not finite."""
+    for name, values in features.items():
+        is_finite = values.reshape(len(records), -1).isfinite().all(dim=1)
+        bad = (~is_finite).nonzero().flatten().tolist()
+        if not bad:
+            continue
+        # Left alone it would be graded 0, as NaN wins no comparison, and mostly rightly so.
+        raise InputError(
+            f"{records[bad[0]].path}: its features ({name}) are not finite, like those of "
+            f"{len(bad)} photographs of {len(records)}; expected finite ones: are the weights "
+            "damaged, or does --precision fp32 help?"
+        )
+
+
+class Signed:
+    """A view that gives the photograph's signature, by which copies are found, beside its image."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.min_side = getattr(view, "min_side", None)
+
+    def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
+        return self.view(photograph, key) | sign(photograph, key)
+
+
+def sign(photograph: Tensor, _key: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return a photograph's (3, h, w) signature alone, `look` (4096,) int8 (copies.signature)."""
+    look = signature(photograph.permute(1, 2, 0).numpy())
+    return {"look": torch.from_numpy(look.ravel())}
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """By what photographs are known again: the checksum of the file, and what the retina shows."""
+
+    paths: list[str]
+    sha256: list[str]
+    looks: np.ndarray  # (N, 4096) int8, see copies.signature
+
+    def save(self, path: Path) -> None:
+        """Write the signatures into one file, whole or not at all."""
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, paths=self.paths, sha256=self.sha256, looks=self.looks)
+
+        write_atomic(path, write)
+
+    @classmethod
+    def load(cls, path: Path) -> Signatures:
+        """Return what `save` wrote; raises InputError where that cannot be read."""
+        try:
+            with np.load(path) as arrays:
+                return cls(arrays["paths"].tolist(), arrays["sha256"].tolist(), arrays["looks"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{path}: cannot be read ({error}); it says what the run was trained on; "
+                "restore it, or take weights alone (backbone.safetensors, copied elsewhere)"
+            ) from None
+
+    def joined(self, other: Signatures) -> Signatures:
+        """Return these and the others."""
+        looks = np.concatenate([self.looks, other.looks])
+        return Signatures(self.paths + other.paths, self.sha256 + other.sha256, looks)
+
+
+def sign_photographs(
+    manifest: Manifest, records: list[Record], workers: int, max_bad: float = 0.0
+) -> Signatures:
+    """Return the records' signatures; those of unreadable photographs are their substitutes'."""
+    dataset = PhotographDataset(manifest, records, sign, max_bad=max_bad)
+    batches = evaluation_loader(dataset, BATCH, workers)
+    total = math.ceil(len(dataset) / BATCH)
+    looks = []
+    for batch in tqdm(batches, desc="signatures", total=total, disable=None):
+        looks.append(batch["look"].numpy())
+    checksums = [checksum_of(manifest, record) for record in records]
+    return Signatures([record.path for record in records], checksums, np.concatenate(looks))
+
+
+def checksum_of(manifest: Manifest, record: Record) -> str:
+    """Return the SHA-256 of a record's file, which is read where the manifest does not say it."""
+    return record.sha256 or sha256_of(manifest.root / record.path)
 
 
 # --------------------------------------------------------------------------------------------- k-NN
 def knn_predict(
     bank: Tensor, bank_grades: Tensor, queries: Tensor, ks: Iterable[int], temperature: float = 0.07
 ) -> dict[int, Tensor]:
-    """Return {k: votes (N, G)} of the weighted k-NN classifier, rows summing to 1.
+    """Return {k: votes (N, G) float64} of the weighted k-NN classifier, rows summing to 1.
 
     `bank` (M, D) and `queries` (N, D) are l2-normalised here; `bank_grades` (M,) int64. The k most
     cosine-similar bank images vote with exp(similarity / temperature) (Wu et al., arXiv 1805.01978,
@@ -108,12 +204,23 @@ def knn_predict(
         # One search serves every k: neighbours come sorted, so the nearest k are the first k.
         similarity, nearest = (chunk @ bank.T).topk(max(ks), dim=1)
         # Divided by the nearest one's, weights stay finite at any temperature; shares are the same.
-        weight = torch.exp((similarity - similarity[:, :1]) / temperature)
+        weight = torch.exp((similarity - similarity[:, :1]).double() / temperature)
         ballots = F.one_hot(bank_grades[nearest], GRADES) * weight.unsqueeze(2)  # (N, k, G)
         for k in ks:
-            total = ballots[:, :k].sum(dim=1)
-            votes[k].append(total / total.sum(dim=1, keepdim=True))
+            votes[k].append(_exact_shares(ballots[:, :k].sum(dim=1)))
     return {k: torch.cat(shares) for k, shares in votes.items()}
+
+
+def _exact_shares(votes: Tensor) -> Tensor:
+    """Return votes (N, G) float64 as shares whose sums over any grades are exact, and 1 over all.
+
+    Photographs with equal votes tie so in every sum, where rounding would put them in some order.
+    """
+    # Multiples of 2^-40 up to 1 have at most 41 bits, so that float64 adds them without rounding.
+    steps = torch.round(votes / votes.sum(dim=1, keepdim=True) * 2**40)
+    largest = steps.argmax(dim=1, keepdim=True)
+    missing = 2**40 - steps.sum(dim=1, keepdim=True)
+    return steps.scatter_add(1, largest, missing) / 2**40
 
 
 # ------------------------------------------------------------------------------- how embeddings lie

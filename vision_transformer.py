@@ -33,6 +33,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # The most attention weights, over batch and heads, that a CPU computes in memory: 512 MB in fp32.
 MAX_ATTENTION_WEIGHTS = 2**27
 
+# The share of patch tokens whose largest values probes may read beside the mean of all.
+TOP_SHARE = 0.05
+
 
 # ----------------------------------------------------------------------------------- architectures
 class Architecture(NamedTuple):
@@ -202,6 +205,15 @@ class Tokens(NamedTuple):
     patches: Tensor  # (B, N, D), patch tokens alone, row by row
 
 
+class FrozenFeatures(NamedTuple):
+    """What probes read off a frozen backbone."""
+
+    cls: Tensor  # (B, n, D), the embeddings of the last n blocks, the last one last
+    patch: Tensor  # (B, D), mean of the last block's patch tokens
+    patch_std: Tensor  # (B, D), their standard deviation, 0 where there is one patch
+    patch_top: Tensor  # (B, D), mean of the largest TOP_SHARE of them, dimension by dimension
+
+
 class Backbone(nn.Module):
     """A vision transformer of timm without classifier; `forward` gives the embedding (B, D).
 
@@ -275,11 +287,11 @@ class Backbone(nn.Module):
             x = self._normed_tokens(images)
         return Tokens(self._embedding(x), x[:, self.num_prefix_tokens :])
 
-    def frozen_features(self, images: Tensor, n_blocks: int = 4) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of the last n blocks (B, n, D) and the mean patch token (B, D).
+    def frozen_features(self, images: Tensor, n_blocks: int = 4) -> FrozenFeatures:
+        """Return what probes read of normalised images (B, 3, h, w); all tokens are normed.
 
-        Both as DINO's linear evaluation takes them (arXiv 2104.14294, appendix F.2): blocks in
-        order, the last one last; fewer than n where the network has fewer.
+        Embeddings of the last n blocks and the mean patch token are what DINO's linear evaluation
+        takes (arXiv 2104.14294, appendix F.2); there are fewer than n where the network has fewer.
         """
         normed = []
         if self.is_plain:
@@ -292,7 +304,12 @@ class Backbone(nn.Module):
         else:
             normed = self._last_blocks(images, min(n_blocks, len(self.vit.blocks)))
         embeddings = torch.stack([self._embedding(x) for x in normed], dim=1)
-        return embeddings, normed[-1][:, self.num_prefix_tokens :].mean(dim=1)
+        patches = normed[-1][:, self.num_prefix_tokens :].float()
+        # A lesion is in few patches, so that a mean over all of them hardly moves.
+        count = max(1, round(TOP_SHARE * patches.shape[1]))
+        top = patches.topk(count, dim=1).values.mean(dim=1)
+        std = patches.std(dim=1, correction=0)
+        return FrozenFeatures(embeddings, patches.mean(dim=1), std, top)
 
     def cls_attention(self, images: Tensor) -> Tensor:
         """Return the last block's attention of [CLS] to all tokens, (B, H, N), rows summing to 1.

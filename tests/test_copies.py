@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fundus.copies import alike, coarse, find_alike, find_copies, signature
+from fundus.copies import alike, coarse, find_alike, find_copies, find_shared, signature
 from fundus.photographs import PhotographError, crop_square, find_fundus
 from fundus.synthetic import DrawnEye, draw_photograph
 from utils import InputError
@@ -40,6 +40,18 @@ def test_copies_are_alike_and_other_eyes_are_not():
         assert alike(look, look) == pytest.approx(1)
     for one, other in itertools.combinations(looks, 2):
         assert alike(one, other) < 0.6
+
+
+def test_shared_pictures_of_two_sets_are_found_once_each():
+    known = [eye(seed) for seed in range(6)]
+    asked = [eye(20), compressed(known[4]), eye(21), known[1], np.zeros((64, 64, 3), np.uint8)]
+    ours = np.stack([signature(picture).ravel() for picture in asked])
+    # The picture itself and a changed copy of it are both there: the more alike one is named.
+    theirs = np.stack([signature(picture).ravel() for picture in [*known, compressed(known[1])]])
+    found = find_shared(ours, theirs)
+    assert [(i, j) for i, j, _ in found] == [(1, 4), (3, 1)]
+    assert found[1][2] == pytest.approx(1)
+    assert find_shared(ours, theirs[[0, 2, 3, 5]]) == []
 
 
 def test_a_black_picture_is_like_nothing():

@@ -19,14 +19,19 @@ from augment import PaperView, WholeView
 from data import PhotographDataset, grades_of
 from features import (
     Monitor,
+    Signatures,
+    Signed,
+    check_finite,
     choose_view,
     embedding_std,
     extract_features,
     knn_predict,
     name_collapse,
     rankme,
+    sign_photographs,
 )
 from fundus import metrics
+from fundus.copies import signature
 from fundus.manifest import GRADES
 from utils import InputError
 from vision_transformer import Backbone
@@ -141,7 +146,7 @@ def test_extracted_features_are_those_of_a_direct_forward(manifest, monkeypatch)
     backbone = helpers.pico(spec=spec)
     records = manifest.records[3:24]
     found = extract_features(backbone, PhotographDataset(manifest, records, WholeView(32)))
-    assert list(found) == ["cls", "patch", "color"]
+    assert list(found) == ["cls", "patch", "patch_std", "patch_top", "color"]
     assert found["cls"].shape == (21, 2, 64)  # a pico has two blocks
     assert found["patch"].shape == (21, 64)
     assert found["color"].shape == (21, 6)
@@ -156,8 +161,11 @@ def test_extracted_features_are_those_of_a_direct_forward(manifest, monkeypatch)
             )
         expected = torch.stack([prefix[0, 0] for _, prefix in blocks])
         torch.testing.assert_close(found["cls"][row], expected, rtol=0, atol=0.02)
-        patch_tokens, _ = blocks[1]
-        torch.testing.assert_close(found["patch"][row], patch_tokens[0].mean(0), rtol=0, atol=0.02)
+        tokens = blocks[1][0][0]  # of four patches
+        torch.testing.assert_close(found["patch"][row], tokens.mean(0), rtol=0, atol=0.02)
+        spread = tokens.std(0, correction=0)
+        torch.testing.assert_close(found["patch_std"][row], spread, rtol=0, atol=0.02)
+        torch.testing.assert_close(found["patch_top"][row], tokens.amax(0), rtol=0, atol=0.02)
         color = [*small.mean(axis=(0, 1)), *small.std(axis=(0, 1), ddof=1)]
         assert found["color"][row].tolist() == pytest.approx(color, abs=0.002)
     apart = (found["cls"][0] - found["cls"][2]).abs().max()
@@ -172,6 +180,43 @@ def test_a_backbone_in_training_gives_frozen_features_and_goes_on_training(manif
     expected = extract_features(helpers.pico(), dataset)
     assert torch.equal(found["cls"], expected["cls"])
     assert training.training
+
+
+def test_features_that_are_not_finite_name_the_photograph(manifest):
+    backbone = helpers.pico()
+    with torch.no_grad():
+        backbone.vit.norm.bias[3] = torch.nan
+    records = manifest.split("val")
+    with pytest.raises(InputError, match=r"images/val0.png.*cls.*10 photographs of 10"):
+        extract_features(backbone, PhotographDataset(manifest, records, WholeView(32)))
+    # Of a value too large for the arithmetic alone one photograph may be at fault.
+    values = torch.zeros(10, 2, 4)
+    values[7, 1, 2] = torch.inf
+    with pytest.raises(InputError, match=r"images/val7.png.*patch.*1 photographs of 10"):
+        check_finite({"cls": torch.zeros(10, 4), "patch": values}, records)
+
+
+# -------------------------------------------------------------------------------------- signatures
+
+
+def test_signatures_are_those_of_the_pictures_and_outlive_the_disk(manifest, tmp_path):
+    records = manifest.split("val")
+    signed = extract_features(
+        helpers.pico(), PhotographDataset(manifest, records, Signed(WholeView(32)))
+    )
+    found = sign_photographs(manifest, records, workers=0)
+    assert np.array_equal(found.looks, signed["look"].numpy())
+    for record, look in zip(records, found.looks, strict=True):
+        with Image.open(manifest.root / record.path) as picture:
+            assert np.array_equal(look, signature(np.asarray(picture)).ravel())
+    found.save(tmp_path / "seen.npz")
+    again = Signatures.load(tmp_path / "seen.npz")
+    assert again.paths == [record.path for record in records]
+    assert again.sha256 == [record.sha256 for record in records]
+    assert np.array_equal(again.looks, found.looks)
+    (tmp_path / "seen.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"seen.npz.*cannot be read"):
+        Signatures.load(tmp_path / "seen.npz")
 
 
 # ----------------------------------------------------------------------------------------- collapse

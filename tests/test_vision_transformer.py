@@ -151,12 +151,23 @@ def test_frozen_features_are_timms_intermediate_layers(blocks):
         layers = reference().get_intermediate_layers(
             images, n=blocks, return_prefix_tokens=True, norm=True
         )
-        cls_tokens, patch = ours().frozen_features(images, blocks)
+        cls_tokens, patch, patch_std, patch_top = ours().frozen_features(images, blocks)
         assert torch.allclose(cls_tokens[:, -1], reference()(images), atol=1e-5)
     assert cls_tokens.shape == (2, blocks, 192)
     expected = torch.stack([prefix[:, 0] for _, prefix in layers], dim=1)
     assert (cls_tokens - expected).abs().max() < 1e-5
-    assert (patch - layers[-1][0].mean(dim=1)).abs().max() < 1e-5
+    patches = layers[-1][0]  # (2, 36, 192)
+    assert (patch - patches.mean(dim=1)).abs().max() < 1e-5
+    assert (patch_std - patches.std(dim=1, correction=0)).abs().max() < 1e-5
+    largest = patches.sort(dim=1, descending=True).values[:, :2]  # a twentieth of 36
+    assert (patch_top - largest.mean(dim=1)).abs().max() < 1e-5
+    assert (patch_top > patch).all()
+
+
+def test_one_patch_has_no_spread():
+    found = ours().frozen_features(torch.randn(2, 3, 16, 16), 1)
+    assert torch.equal(found.patch, found.patch_top)
+    assert not found.patch_std.any()
 
 
 # ------------------------------------------------------------------------------- any ViT of timm
@@ -223,7 +234,7 @@ def test_any_vit_is_timms(arch):
             images, indices=2, norm=True, output_fmt="NLC", intermediates_only=True
         )
         found = backbone.all_tokens(images)
-        embeddings, patch = backbone.frozen_features(images, 2)
+        embeddings, patch, _, _ = backbone.frozen_features(images, 2)
         has_cls = theirs.cls_token is not None and not isinstance(theirs.norm, nn.Identity)
         expected = tokens[:, 0] if has_cls else theirs.forward_head(tokens, pre_logits=True)
         assert (backbone(images) - expected).abs().max() < 1e-5
