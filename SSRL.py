@@ -561,6 +561,7 @@ def train(state: State, run: Run, dataset: data.PhotographDataset) -> None:
         first_crops = contact_sheet([dataset[key] for key in next(iter(sampler))[:8]])
         picture = Image.fromarray(first_crops)
         utils.write_atomic(run.folder.path / "crops.png", lambda path: picture.save(path, "PNG"))
+        remember_photographs(run, dataset)
         progress.record(monitor.look(state.teacher.backbone, 0, o))
         save(state, run, epoch=0)
 
@@ -589,6 +590,19 @@ def train(state: State, run: Run, dataset: data.PhotographDataset) -> None:
         if stopped:
             raise Stopped(f"step {state.step} saved; goes on with --output-dir {run.folder.path}")
     progress.close()
+
+
+def remember_photographs(run: Run, dataset: data.PhotographDataset) -> None:
+    """Write signatures of all that the weights have been trained on: evaluations refuse these.
+
+    Where --init names a run, what that one was trained on counts, too.
+    """
+    o = run.options
+    seen = features.sign_photographs(dataset.manifest, dataset.records, o.workers, o.max_bad)
+    before = features.seen_file(Path(o.init))
+    if before:
+        seen = seen.joined(features.Signatures.load(before))
+    seen.save(run.folder.path / features.SEEN)
 
 
 def load_batches(state: State, run: Run, dataset: data.PhotographDataset) -> Iterator[CropBatch]:

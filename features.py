@@ -33,6 +33,8 @@ N_BLOCKS = 4  # whose [CLS] is kept: the most that any protocol reads
 BATCH = 64  # photographs that go through the backbone at once
 QUERIES = 2048  # photographs that look for neighbours at once, which bounds the memory
 
+SEEN = "seen.npz"  # in a run folder: signatures of the photographs that it was trained on
+
 WATCHED = 256  # photographs at most whose embeddings training looks at between epochs
 NEIGHBOURS = 15  # that vote on val while training, as in the evaluation's headline
 
@@ -159,6 +161,17 @@ class Signatures:
         """Return these and the others."""
         looks = np.concatenate([self.looks, other.looks])
         return Signatures(self.paths + other.paths, self.sha256 + other.sha256, looks)
+
+
+def seen_file(weights: Path) -> Path | None:
+    """Return the file that says what weights were trained on, beside them or in their run folder.
+
+    None where there is none: runs of others have none, and what they saw is not known.
+    """
+    for folder in (weights, weights.parent):
+        if (folder / SEEN).is_file():
+            return folder / SEEN
+    return None
 
 
 def sign_photographs(

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from test_ssrl import flat, same
 
 import SSRL
+from features import Signatures
+from fundus.manifest import read_manifest
 from run_folder import load_torch
 from utils import HERE, Diverged, InputError, Stopped
 
@@ -60,6 +62,7 @@ def whole(prepared, tmp_path_factory):
 def test_files_of_a_run(whole):
     folder, options = whole
     names = {"config.yaml", "log.jsonl", "checkpoint.pth", "backbone.safetensors", "crops.png"}
+    names |= {"seen.npz"}
     names |= {f"checkpoint-{epoch:04d}.pth" for epoch in (0, 1, 2)} | {"checkpoint-best.pth"}
     assert names == {p.name for p in folder.iterdir() if not p.name.startswith("events")}
     saved = torch.load(folder / "checkpoint.pth", weights_only=True)
@@ -76,6 +79,21 @@ def test_files_of_a_run(whole):
     assert [r["epoch"] for r in lines if "rankme" in r] == [0, 1, 2]
     assert all(0 <= r["knn_accuracy"] <= 1 for r in lines if "rankme" in r)
     assert all(math.isfinite(v) for r in lines for v in r.values() if isinstance(v, float))
+
+
+def test_a_run_remembers_what_it_and_its_start_were_trained_on(whole, tiny, tmp_path):
+    folder, options = whole
+    own = read_manifest(options.data)
+    seen = Signatures.load(folder / "seen.npz")
+    assert seen.paths == [record.path for record in own.split("train")]
+    assert seen.sha256 == [record.sha256 for record in own.split("train")]
+    assert seen.looks.shape == (len(seen.paths), 64 * 64)
+    assert seen.looks.any()
+
+    other = helpers.draw_prepared(tmp_path / "other", seed=3)
+    SSRL.main(tiny(init=str(folder), data=str(other.root), output_dir="next"), None)
+    both = Signatures.load(Path("next/seen.npz"))
+    assert both.paths == [record.path for record in other.split("train")] + seen.paths
 
 
 def test_finished_run_stays_as_it_is(whole, caplog):
