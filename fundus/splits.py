@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from fundus.manifest import Manifest, Record, check_leaks
+from fundus.manifest import GRADES, Manifest, Record, check_leaks
 from utils import InputError
 
 # Of all patients, where a data set has neither test nor val; of train's, where it has no val.
@@ -71,19 +71,50 @@ def fold_splits(
     """
     records = [replace(record, split="train") for record in records]
     groups = _group_patients(records, linked)
+    fold_of = _deal(records, groups, folds)
+    made = []
+    for fold in range(folds):
+        tested = {group for group, own in fold_of.items() if own == fold}
+        split = _move(records, groups, tested, "test")
+        made.append(_cut(split, groups, "val", VAL_SHARE, seed=0))
+    return made
+
+
+def fold_of_each(records: Sequence[Record], folds: int) -> list[int]:
+    """Return the fold of each record, 0 to `folds` - 1, by patient, in strata of the worse eye.
+
+    There are fewer folds where there are fewer patients; InputError for a single one.
+    """
+    records = [replace(record, split="train") for record in records]
+    groups = _group_patients(records, ())
+    fold_of = _deal(records, groups, min(folds, len(groups)))
+    return [fold_of[groups[record.patient]] for record in records]
+
+
+def take_fraction(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
+    """Return the records of a share of the patients, above 0 to 1, of each stratum the same.
+
+    At least as many patients stay as there are grades: fewer teach nothing.
+    """
+    if fraction == 1:
+        return list(records)
+    records_of_all = [replace(record, split="train") for record in records]
+    groups = _group_patients(records, ())
+    share = max(fraction, min(1, GRADES / len(groups)))
+    taken = _cut(records_of_all, groups, "val", share, seed)
+    chosen = {record.path for record in taken if record.split == "val"}
+    return [record for record in records if record.path in chosen]
+
+
+def _deal(records: Sequence[Record], groups: Mapping[str, str], folds: int) -> dict[str, int]:
+    """Return the fold of each group; raises InputError for fewer than 2 folds or groups."""
     order = []
     for stratum in _strata(records, groups, seed=0):
         order += stratum
     if not 2 <= folds <= len(order):
         raise InputError(f"--folds {folds}: expected 2 to {len(order)}, the number of patients")
-
-    made = []
-    for fold in range(folds):
-        # Dealt out like cards, stratum after stratum, each fold has the same share of each.
-        tested = set(order[fold::folds])
-        split = _move(records, groups, tested, "test")
-        made.append(_cut(split, groups, "val", VAL_SHARE, seed=0))
-    return made
+    # Dealt out like cards, stratum after stratum, each fold has the same share of each.
+    return {group: place % folds for place, group in enumerate(order)}
 
 
 def _paths_in(records: Iterable[Record], split: str) -> set[str]:

@@ -7,7 +7,7 @@ import pytest
 from helpers import assert_disjoint, splits_of
 
 from fundus.manifest import Manifest, Record
-from fundus.splits import complete_splits, fold_splits, split_patients
+from fundus.splits import complete_splits, fold_of_each, fold_splits, split_patients, take_fraction
 from utils import InputError
 
 
@@ -140,3 +140,41 @@ def test_folds_test_every_patient_once_and_are_stratified():
     for wrong in (1, 151):
         with pytest.raises(InputError, match=f"--folds {wrong}"):
             fold_splits(records, wrong)
+
+
+# ------------------------------------------------------------------- folds and fractions of a probe
+
+
+def test_folds_of_a_probe_are_by_patient_and_stratified():
+    records = patients_with(COHORT)
+    fold_of = fold_of_each(records, 5)
+    folds_of_patient = defaultdict(set)
+    by_grade = defaultdict(Counter)
+    for record, fold in zip(records, fold_of, strict=True):
+        folds_of_patient[record.patient].add(fold)
+        if record.eye == "right":
+            by_grade[record.grade][fold] += 1
+    assert {len(folds) for folds in folds_of_patient.values()} == {1}
+    for counts in by_grade.values():
+        assert max(counts.values()) - min(counts.values()) <= 1
+    assert Counter(fold_of_each(records[:6], 5)) == {0: 2, 1: 2, 2: 2}
+    with pytest.raises(InputError, match="--folds 1"):
+        fold_of_each(records[:2], 5)
+
+
+def test_a_fraction_is_of_patients_of_every_stratum_and_other_for_each_seed():
+    records = patients_with(COHORT)
+    tenth = take_fraction(records, 0.1, seed=0)
+    kept = [record.path for record in tenth]
+    assert kept == [record.path for record in records if record.path in set(kept)]
+    patients = {record.patient for record in tenth}
+    assert len(patients) == 100
+    assert len(tenth) == 200, "both eyes of each"
+    worse = Counter(record.grade for record in tenth if record.eye == "right")
+    for grade in range(5):
+        assert abs(worse[grade] - 0.1 * COHORT.count(grade)) <= 1
+    assert tenth == take_fraction(records, 0.1, seed=0)
+    assert patients != {record.patient for record in take_fraction(records, 0.1, seed=1)}
+    assert take_fraction(records, 1, seed=3) == records
+    least = take_fraction(records, 1e-6, seed=0)
+    assert len({record.patient for record in least}) == 5
