@@ -68,7 +68,7 @@ class PrepareOptions:
     """Column of patients in the csv that --path-column reads. Without it names such as 10_left and
     10_right tell the patient, and any other photograph counts as one of its own."""
     grades: Annotated[dict[str, int], Bounds(0, GRADES - 1)] = field(default_factory=dict)
-    """Grades of class folders by name, for example --grades healthy 0 mild 1."""
+    """Grades of class folders, or of a csv's labels, by name: --grades healthy 0 mild 1."""
     folds: Annotated[int, Bounds(0, 1000)] = 0
     """Also write manifest-fold-1.csv and so on, for cross-validation with this many folds."""
     image_format: Literal["jpeg", "png"] = "jpeg"

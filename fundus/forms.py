@@ -52,12 +52,28 @@ def read_class_folders(found: Found) -> list[Record] | None:
 
     outside = sorted(set(found.photographs) - set(class_of))
     found.add_note("photographs outside the class folders", outside)
+    # A folder that is called "mild" is of the scale; one that is called 1 may mean anything.
+    if not named and all(name.isdecimal() for name in grade_of):
+        refuse_two_classes(str(found.root), "class folders", set(grade_of.values()))
     read_as = ", ".join(f"{name} = {grade}" for name, grade in grade_of.items())
     found.notes.append(f"folders read as grades: {read_as}")
     photographs = []
     for path, name in class_of.items():
         photographs.append(Labelled(path, grade_of[name], split_of.get(path, "train")))
     return named_records(photographs)
+
+
+def refuse_two_classes(where: str, what: str, grades: set[int]) -> None:
+    """Raise InputError for labels of 0 and 1 alone: they may mean any two classes.
+
+    Taken for grades, "referable" would be mild retinopathy, and every number of referable DR wrong.
+    """
+    if grades and max(grades) == 1:
+        raise InputError(
+            f"{where}: {what}: the labels are 0 and 1 alone, which may be two classes of any kind; "
+            "expected grades 0 to 4; say what they mean: prepare_data.py --grades 0 0 1 2 where 1 "
+            "is referable DR, --grades 0 0 1 1 where it is mild DR"
+        )
 
 
 def _split_and_class(paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -151,10 +167,14 @@ def read_csv_file(found: Found) -> list[Record]:
         if column:
             columns.append(column)
     table = read_csv(found.root / file, columns)
+    # What the user says of a label (--grades) counts before what the label itself says.
+    named = {name.casefold(): str(grade) for name, grade in reading.grades.items()}
     rows = []
     for where, row in table:
         check_path(where, row[reading.path_column])
-        rows.append(TableRow(where, row[reading.path_column], row.get(reading.grade_column, "")))
+        label = row.get(reading.grade_column, "")
+        grade = named.get(label.casefold(), label)
+        rows.append(TableRow(where, row[reading.path_column], grade))
 
     # Rows go by path. Where none of the paths is there, as in mirrors, names alone have to do.
     photographs = set(found.photographs)
@@ -162,6 +182,9 @@ def read_csv_file(found: Found) -> list[Record]:
     if any(_path_of(row.name) in photographs for row in rows):
         key = _path_of
     labelled = _match_csv(found, file, rows, key)
+    if not named:
+        present = {photograph.grade for photograph in labelled if photograph.grade is not None}
+        refuse_two_classes(str(found.root / file), f"column {reading.grade_column}", present)
     if not reading.patient_column:
         return named_records(labelled)
 

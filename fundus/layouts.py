@@ -102,7 +102,7 @@ def _read_layout(found: Found, name: str) -> tuple[Found, Layout, list[Record]]:
     reading = found.reading
     if reading.path_column and layout.name != "csv":
         raise _no_use(found, layout, reading.path_column)
-    if reading.grades and layout.name != "class_folders":
+    if reading.grades and layout.name not in ("class_folders", "csv"):
         raise _no_use(found, layout, reading.grades)
 
     if not records:

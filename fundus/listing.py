@@ -22,12 +22,12 @@ EYES = {"left": "left", "os": "left", "l": "left", "right": "right", "od": "righ
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read a data set that no adapter knows: columns of a csv, grades of class folders."""
+    """How to read a data set that no adapter knows: a csv's columns, what its labels mean."""
 
     path_column: str = ""
     grade_column: str = ""
     patient_column: str = ""
-    grades: dict[str, int] = field(default_factory=dict)  # by the class folder's name
+    grades: dict[str, int] = field(default_factory=dict)  # by the folder's name or the label
 
 
 class TableRow(NamedTuple):

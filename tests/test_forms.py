@@ -123,6 +123,21 @@ def test_class_folders_by_a_map(tmp_path):
     }
 
 
+def test_class_folders_0_and_1_alone_need_their_meaning_said(tmp_path):
+    touch(tmp_path, "train/0/a.png", "train/1/b.png", "test/1/c.png")
+    with pytest.raises(InputError, match=r"0 and 1 alone.*--grades 0 0 1 2"):
+        open_data(tmp_path)
+    manifest = open_data(tmp_path, reading=Reading(grades={"0": 0, "1": 2}))
+    assert {r.path: r.grade for r in manifest.records} == {
+        "train/0/a.png": 0,
+        "train/1/b.png": 2,
+        "test/1/c.png": 2,
+    }
+    mild = tmp_path / "mild"
+    touch(mild, "train/No_DR/a.png", "train/Mild/b.png", "test/Mild/c.png")
+    assert {r.grade for r in open_data(mild).records} == {0, 1}, "these names are of the scale"
+
+
 def test_class_folders_one_level_deeper_are_refused(tmp_path):
     touch(tmp_path, *(f"data/{grade}/{i}.png" for grade in range(5) for i in range(2)))
     with pytest.raises(InputError, match=f"one level too high; give {tmp_path}/data"):
@@ -193,10 +208,29 @@ def test_csv_with_named_columns(tmp_path):
         }
 
 
+def test_csv_of_0_and_1_alone_needs_their_meaning_said(tmp_path):
+    csv_of(tmp_path, "file,sick\na.png,0\nb.png,1\nc.png,\n", "a.png", "b.png", "c.png")
+    with pytest.raises(InputError, match=r"my.csv: column sick.*0 and 1 alone.*--grades 0 0 1 2"):
+        open_data(tmp_path, reading=Reading("file", "sick"))
+    for grade in (2, 1):
+        reading = Reading("file", "sick", grades={"0": 0, "1": grade})
+        expected = {("a.png", 0, "a"), ("b.png", grade, "b"), ("c.png", None, "c")}
+        assert rows_of(open_data(tmp_path, reading=reading)) == expected
+
+
+def test_csv_with_labels_in_words(tmp_path):
+    csv_of(tmp_path, "file,dr\na.png,healthy\nb.png,Severe\nc.png,4\n", "a.png", "b.png", "c.png")
+    reading = Reading("file", "dr", grades={"Healthy": 0, "severe": 3})
+    expected = {("a.png", 0, "a"), ("b.png", 3, "b"), ("c.png", 4, "c")}
+    assert rows_of(open_data(tmp_path, reading=reading)) == expected
+    with pytest.raises(InputError, match="row 2: grade is 'healthy'"):
+        open_data(tmp_path, reading=Reading("file", "dr"))
+
+
 def test_csv_of_names_alone(tmp_path):
-    csv_of(tmp_path, "file,dr\n1.jpg,0\n3.jpg,1\n", "a/1.png", "b/3.png")
+    csv_of(tmp_path, "file,dr\n1.jpg,0\n3.jpg,2\n", "a/1.png", "b/3.png")
     manifest = open_data(tmp_path, reading=Reading("file", "dr"))
-    assert rows_of(manifest) == {("a/1.png", 0, "1"), ("b/3.png", 1, "3")}
+    assert rows_of(manifest) == {("a/1.png", 0, "1"), ("b/3.png", 2, "3")}
     touch(tmp_path, "b/1.png")
     with pytest.raises(InputError, match=r"a/1\.png and b/1\.png have the same name"):
         open_data(tmp_path, reading=Reading("file", "dr"))

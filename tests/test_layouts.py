@@ -72,7 +72,7 @@ def test_a_layout_by_name_is_tried_alone(tmp_path):
 def test_what_a_layout_notes_of_a_folder_that_it_leaves_is_void(tmp_path):
     """messidor2 and ddr try this folder before it is read as class folders."""
     for number in range(10):
-        touch(tmp_path, f"train/0/{number}.png", f"train/1/{number + 10}.png")
+        touch(tmp_path, f"train/0/{number}.png", f"train/2/{number + 10}.png")
     (tmp_path / "train.txt").write_text("".join(f"{number} 0\n" for number in range(5)))
     alone = open_data(tmp_path, "class_folders")
     assert "row" not in " ".join(alone.notes)
