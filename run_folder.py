@@ -370,6 +370,18 @@ def split_log(path: Path, step: int) -> tuple[str, str]:
     return "".join(kept), "".join(later)
 
 
+def _list_shown(values: dict[str, Any]) -> str:
+    """Return the main ones of measured values as text; a dash stands for an undefined one."""
+    parts = []
+    for name in SHOWN:
+        value = values.get(name)
+        if isinstance(value, float):
+            parts.append(f"{name} {value:.4g}")
+        elif name in values and value is None:
+            parts.append(f"{name} -")
+    return ", ".join(parts)
+
+
 class Progress:
     """Shows and logs the course of a training: a bar on a terminal, lines elsewhere.
 
@@ -442,11 +454,14 @@ class Progress:
             for name, value in numbers.items():
                 self._events.add_scalar(name, value, self.step)
 
-        shown = ", ".join(f"{name} {numbers[name]:.4g}" for name in SHOWN if name in numbers)
+        shown = _list_shown(values)
         # The scores of an epoch stay beside the bar until there are new ones.
         if "knn_qwk" in values:
-            text = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk {knn_qwk:.3f}"
-            self._knn = text.format(**values)
+            qwk = "-"
+            if values["knn_qwk"] is not None:
+                qwk = f"{values['knn_qwk']:.3f}"
+            text = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk "
+            self._knn = text.format(**values) + qwk
         if "loss" in values:
             self._bar.set_postfix_str(shown + self._knn)
         if self._bar.disable:

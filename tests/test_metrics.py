@@ -1,33 +1,34 @@
-"""metrics.py against tables worked by hand, scikit-learn, and a resampling loop.
+"""metrics.py, scores.py and predictions.py against tables worked by hand, scikit-learn, and loops.
 
 Run it with `python -m pytest tests/test_metrics.py`.
 """
 
+import json
 import warnings
 
 import matplotlib.figure
 import numpy as np
 import pytest
+from drawn_predictions import draw_predictions, predictions_of, select
 from PIL import Image
 from sklearn import metrics as sk
 
+from fundus.intervals import evaluate
 from fundus.manifest import GRADES
 from fundus.metrics import (
     METRICS,
-    REFERABLE,
+    PATIENT_METRICS,
+    OperatingPoint,
     Predictions,
-    bootstrap,
-    confusion_metrics,
-    draw_patients,
-    evaluate,
     majority,
+    patient_level,
     plot_confusion,
     point_values,
     print_summary,
+    reliability,
     short_scores,
     summarize,
     summary_lines,
-    weighted_auroc,
 )
 
 LABELS = list(range(GRADES))
@@ -41,6 +42,15 @@ BY_HAND = {
     "accuracy": 0.7,
     "balanced_accuracy": (3 / 4 + 1 / 2 + 1 + 1 + 0) / 5,
     "qwk": 1 - 6 / 28.2,
+    # F1 of each grade: 6/7, 1/2, 2/3, 1, 0; precision 1, 1/2, 1/2, 1, 0.
+    "macro_f1": (6 / 7 + 1 / 2 + 2 / 3 + 1 + 0) / 5,
+    "macro_precision": (1 + 1 / 2 + 1 / 2 + 1 + 0) / 5,
+    # The true grade has 0.8 seven times and 0.05 three times.
+    "log_loss": -(7 * np.log(0.8) + 3 * np.log(0.05)) / 10,
+    "brier": (7 * (0.2**2 + 4 * 0.05**2) + 3 * (0.8**2 + 0.95**2 + 3 * 0.05**2)) / 10,
+    "ece": 0.8 - 0.7,
+    # The five with the score 0.9 are four positives, and one of the six that are none.
+    "referable_ap": 4 / 5,
     "referable_auroc": (4 * 5 + 4 * 0.5) / (4 * 6),  # four positives, one of six negatives ties
     "recall_0": 3 / 4,
     "recall_1": 1 / 2,
@@ -48,25 +58,6 @@ BY_HAND = {
     "recall_3": 1.0,
     "recall_4": 0.0,
 }
-
-
-def predictions_of(grades, predicted):
-    """Return predictions with 0.8 for the grade that is predicted; one image a patient."""
-    shares = np.full((len(grades), GRADES), 0.2 / 4)
-    shares[np.arange(len(grades)), predicted] = 0.8
-    patients = np.arange(len(grades)).astype(str)
-    return Predictions(np.array(grades), np.array(predicted), shares, patients)
-
-
-def draw_predictions(count, seed=0, per_patient=1):
-    """Return predictions that are right more often than not, with soft probabilities."""
-    rng = np.random.default_rng(seed)
-    grades = rng.choice(GRADES, count, p=[0.4, 0.15, 0.2, 0.15, 0.1])
-    scores = rng.normal(size=(count, GRADES))
-    scores[np.arange(count), grades] += 1.2
-    shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-    patients = (np.arange(count) // per_patient).astype(str)
-    return Predictions(grades, shares.argmax(axis=1), shares, patients)
 
 
 def count_pairs(score, truth):
@@ -78,8 +69,9 @@ def count_pairs(score, truth):
     return float(np.mean(wins))
 
 
-def values_of(predictions):
-    return {name: entry["value"] for name, entry in point_values(predictions).items()}
+def values_of(predictions, validation=None):
+    entries = point_values(predictions, validation)
+    return {name: entry["value"] for name, entry in entries.items()}
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -88,39 +80,22 @@ def values_of(predictions):
 def test_results_list_the_metrics_in_the_tables_order():
     names = [metric.name for metric in METRICS]
     assert names == [
-        *("accuracy", "balanced_accuracy", "qwk", "macro_auroc", "referable_auroc"),
+        *("accuracy", "balanced_accuracy", "qwk", "macro_f1", "macro_precision", "macro_auroc"),
+        *("referable_auroc", "referable_ap", "sensitivity_at_90_specificity"),
+        *("sensitivity_at_95_specificity", "specificity_at_90_sensitivity"),
+        *("log_loss", "brier", "ece"),
         *("recall_0", "recall_1", "recall_2", "recall_3", "recall_4"),
     ]
     assert list(point_values(draw_predictions(40))) == names
     assert list(evaluate(draw_predictions(40), draws=2)) == names
+    assert len({metric.title for metric in METRICS}) == len(names)
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 def test_every_metric_says_how_it_is_resampled(metric):
-    assert (metric.from_confusion is None) != (metric.from_draws is None)
-    assert metric.title
-
-
-@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
-def test_both_ways_of_a_metric_agree(metric):
-    """A draw that holds every patient once is the test set itself."""
-    for seed in range(5):
-        predictions = draw_predictions(90, seed)
-        draws = draw_patients(predictions.patients, 1, seed=0)
-        draws.counts[:] = 1
-        (found,) = bootstrap(predictions, draws)[metric.name]
-        assert found == pytest.approx(metric.value(predictions), abs=1e-6)
-
-
-@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
-def test_both_ways_of_a_metric_are_undefined_together(metric):
-    sets = [([2, 2], [2, 2]), ([0, 1, 1], [0, 0, 1]), ([3, 4], [0, 1]), (TRUTH, PREDICTED)]
-    for grades, predicted in sets:
-        predictions = predictions_of(grades, predicted)
-        draws = draw_patients(predictions.patients, 1, seed=0)
-        draws.counts[:] = 1
-        (found,) = bootstrap(predictions, draws)[metric.name]
-        assert np.isnan(found) == bool(metric.why_undefined(predictions)), (grades, predicted)
+    if not isinstance(metric, OperatingPoint):
+        assert (metric.from_confusion is None) != (metric.from_draws is None)
+        assert (metric.from_confusion is not None) == (metric.group == "decision")
 
 
 # -------------------------------------------------------------------------------------- the values
@@ -129,7 +104,6 @@ def test_both_ways_of_a_metric_are_undefined_together(metric):
 def test_values_worked_by_hand():
     found = values_of(predictions_of(TRUTH, PREDICTED))
     assert {name: found[name] for name in BY_HAND} == pytest.approx(BY_HAND)
-    assert set(found) == {*BY_HAND, "macro_auroc"}
 
 
 def test_aurocs_count_pairs():
@@ -143,17 +117,95 @@ def test_aurocs_count_pairs():
     assert found["referable_auroc"] == pytest.approx(expected)
 
 
-def test_votes_that_are_equal_but_for_rounding_tie():
-    shares = np.array([[0.7, 0, 0.1, 0.2, 0], [0.7, 0, 0.2, 0.1, 0], [0.7, 0, 0.3, 0, 0]])
-    sums = shares[:, REFERABLE:].sum(axis=1)
-    assert len(set(sums)) > 1, "these sums of one value differ in their last bits"
-    predictions = Predictions(np.array([0, 2, 0]), np.zeros(3, int), shares, np.arange(3))
-    assert values_of(predictions)["referable_auroc"] == 0.5
+def test_a_saturated_head_still_ranks():
+    """Scores that differ in the ninth digit alone are no ties."""
+    referable = np.array([1e-9, 3e-9, 2e-9, 4e-9])
+    shares = np.zeros((4, GRADES))
+    shares[:, 0] = 1 - referable
+    shares[:, 2] = referable
+    predictions = Predictions(np.array([0, 2, 0, 3]), np.zeros(4, int), shares, np.arange(4))
+    assert values_of(predictions)["referable_auroc"] == 1.0
+
+
+def test_probabilities_are_kept_in_float64():
+    shares = np.full((1, GRADES), 0.2, np.float32)
+    predictions = Predictions(np.array([0]), np.array([0]), shares, np.array(["a"]))
+    assert predictions.probabilities.dtype == np.float64
+    assert predictions.referable_score[0] == 3 * np.float64(np.float32(0.2))
+
+
+def test_macro_f1_and_precision_leave_out_grades_that_do_not_occur():
+    # Grade 3 is predicted but does not occur; grade 2 occurs but is never predicted.
+    predictions = predictions_of([0, 0, 1, 2], [0, 1, 1, 3])
+    found = values_of(predictions)
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert found["macro_precision"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+
+
+def test_losses_are_naive_sums():
+    predictions = draw_predictions(50)
+    logs = []
+    squares = []
+    for grade, shares in zip(predictions.grades, predictions.probabilities, strict=True):
+        logs.append(-np.log(shares[grade]))
+        square = 0
+        for other, share in enumerate(shares):
+            square += (share - (other == grade)) ** 2
+        squares.append(square)
+    found = values_of(predictions)
+    assert found["log_loss"] == pytest.approx(np.mean(logs))
+    assert found["brier"] == pytest.approx(np.mean(squares))
+
+
+def test_a_share_of_nothing_costs_what_scikit_learn_says():
+    shares = np.eye(GRADES)[[0, 1]]
+    predictions = Predictions(np.array([0, 0]), np.array([0, 1]), shares, np.array(["a", "b"]))
+    expected = sk.log_loss([0, 0], shares, labels=LABELS)
+    assert values_of(predictions)["log_loss"] == pytest.approx(expected)
+    assert 15 < expected < 20
+
+
+def test_the_calibration_error_is_a_naive_loop_over_bins():
+    predictions = draw_predictions(200)
+    shares = predictions.probabilities.max(axis=1)
+    is_right = predictions.predicted == predictions.grades
+    total = 0
+    for number in range(15):
+        inside = (shares > number / 15) & (shares <= (number + 1) / 15)
+        if inside.any():
+            total += inside.mean() * abs(is_right[inside].mean() - shares[inside].mean())
+    assert values_of(predictions)["ece"] == pytest.approx(total)
+
+
+def test_reliability_by_hand():
+    shares = np.array(
+        [[0.8, 0.1, 0.1, 0, 0], [0, 0.8, 0.2, 0, 0], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0]]
+    )
+    predictions = Predictions(
+        np.array([0, 2, 3, 2]), shares.argmax(axis=1), shares, np.array(list("abcd"))
+    )
+    found = reliability(predictions)
+    assert {name: len(bins) for name, bins in found.items()} == {"confidence": 15, "referable": 15}
+    # 0.8 is the upper edge of bin 11, which it belongs to; 1 is that of the last.
+    filled = [number for number, entry in enumerate(found["confidence"]) if entry["images"]]
+    assert filled == [11, 14]
+    high = found["confidence"][11]
+    assert (high["low"], high["high"], high["images"]) == (11 / 15, 12 / 15, 2)
+    assert (high["predicted"], high["observed"]) == (pytest.approx(0.8), 0.5)
+    empty = found["confidence"][0]
+    assert empty == {"low": 0, "high": 1 / 15, "images": 0, "predicted": None, "observed": None}
+    referable = [(entry["images"], entry["observed"]) for entry in found["referable"]]
+    assert referable == [(1, 1.0), (1, 0.0), (1, 1.0), *[(0, None)] * 11, (1, 1.0)]
 
 
 def test_perfect_predictions_are_all_one():
-    found = values_of(predictions_of(TRUTH, TRUTH))
+    predictions = predictions_of(TRUTH, TRUTH)
+    found = values_of(predictions, predictions)
+    losses = {name: found.pop(name) for name in ("log_loss", "brier", "ece")}
     assert found == dict.fromkeys(found, 1.0)
+    assert losses == pytest.approx(
+        {"log_loss": -np.log(0.8), "brier": 0.2**2 + 4 * 0.05**2, "ece": 0.2}
+    )
 
 
 def test_constant_predictions_agree_no_more_than_chance():
@@ -162,6 +214,132 @@ def test_constant_predictions_agree_no_more_than_chance():
     assert found["balanced_accuracy"] == pytest.approx(0.2)
     assert found["qwk"] == pytest.approx(0, abs=1e-12)
     assert found["macro_auroc"] == found["referable_auroc"] == 0.5
+    assert found["referable_ap"] == 0.4
+
+
+# -------------------------------------------------------------------------------- operating points
+
+
+def scored(scores, referable, patients=None):
+    """Return predictions whose score of referable DR is given."""
+    scores = np.array(scores)
+    shares = np.zeros((len(scores), GRADES))
+    shares[:, 0] = 1 - scores
+    shares[:, 4] = scores
+    grades = np.where(referable, 4, 0)
+    names = np.arange(len(scores)).astype(str) if patients is None else np.array(patients)
+    return Predictions(grades, shares.argmax(axis=1), shares, names)
+
+
+def test_operating_points_by_hand():
+    """Ten of each side: specificity 0.9 leaves one of those without DR at or above the score."""
+    negative = [0.1, 0.1, 0.1, 0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    positive = [0.05, 0.2, 0.35, 0.65, 0.7, 0.75, 0.8, 0.8, 0.9, 0.9]
+    validation = scored(negative + positive, [False] * 10 + [True] * 10)
+    test = scored([0.1, 0.65, 0.65, 0.2, 0.6, 0.9], [False, False, True, True, True, True])
+    found = point_values(test, validation)
+    # 9 of 10 are below 0.65; all 10 are only below 0.75; nine of ten with DR are at 0.2 or above.
+    assert found["sensitivity_at_90_specificity"] == {
+        "value": 0.5,
+        "threshold": pytest.approx(0.65),
+        "achieved": 0.5,
+    }
+    assert found["sensitivity_at_95_specificity"] == {
+        "value": 0.25,
+        "threshold": pytest.approx(0.75),
+        "achieved": 1.0,
+    }
+    assert found["specificity_at_90_sensitivity"] == {
+        "value": 0.5,
+        "threshold": pytest.approx(0.2),
+        "achieved": 1.0,
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("digits", [1, 9])
+def test_thresholds_are_those_of_scikit_learns_curve(seed, digits):
+    rng = np.random.default_rng(seed)
+    truth = rng.random(150) < 0.4
+    score = (0.3 * truth + 0.7 * rng.random(150)).round(digits)
+    validation = scored(score, truth)
+    test = draw_predictions(60, seed)
+    fpr, tpr, thresholds = sk.roc_curve(truth, validation.referable_score, drop_intermediate=False)
+    for percent in (90, 95):
+        specific = thresholds[(1 - fpr >= percent / 100 - 1e-12) & np.isfinite(thresholds)]
+        entry = point_values(test, validation)[f"sensitivity_at_{percent}_specificity"]
+        assert entry["threshold"] == specific.min()
+        named = test.referable_score >= entry["threshold"]
+        assert entry["value"] == pytest.approx(sk.recall_score(test.grades >= 2, named))
+        expected = sk.recall_score(test.grades >= 2, named, pos_label=False)
+        assert entry["achieved"] == pytest.approx(expected)
+    entry = point_values(test, validation)["specificity_at_90_sensitivity"]
+    assert entry["threshold"] == thresholds[tpr >= 0.9 - 1e-12].max()
+    named = test.referable_score >= entry["threshold"]
+    expected = sk.recall_score(test.grades >= 2, named, pos_label=False)
+    assert entry["value"] == pytest.approx(expected)
+
+
+def test_operating_points_without_a_threshold_say_why():
+    test = draw_predictions(60)
+    name = "sensitivity_at_90_specificity"
+    assert point_values(test)[name] == {
+        "value": None,
+        "reason": "no validation predictions to choose the threshold on",
+    }
+    reason = "no threshold with 90 % specificity on validation"
+    one_sided = scored([0.1, 0.2, 0.3], [False, False, False])
+    assert point_values(test, one_sided)[name] == {"value": None, "reason": reason}
+    # Of all without DR, a half has the highest score: none above it is known.
+    tied = scored([0.1, 0.9, 0.9], [False, False, True])
+    assert point_values(test, tied)[name] == {"value": None, "reason": reason}
+    lone = scored([0.1, 0.2], [False, False])
+    entry = point_values(lone, test)[name]
+    assert entry == {"value": None, "reason": "all test images on one side of grade 2"}
+
+
+# ---------------------------------------------------------------------------------------- patients
+
+
+def test_a_patient_has_the_worse_eye():
+    shares = np.array(
+        [
+            [0.0, 0.4, 0.3, 0.3, 0.0],  # b: 0.6 referable
+            [0.5, 0.3, 0.0, 0.0, 0.2],  # a: 0.2
+            [0.2, 0.1, 0.1, 0.6, 0.0],  # b: 0.7
+            [0.9, 0.1, 0.0, 0.0, 0.0],  # a: 0
+            [0.0, 0.8, 0.2, 0.0, 0.0],  # c: 0.2, one photograph
+        ]
+    )
+    predictions = Predictions(
+        np.array([2, 0, 1, 4, 1]),
+        np.array([4, 1, 3, 0, 1]),  # by another reading than the most probable grade
+        shares,
+        np.array(["b", "a", "b", "a", "c"]),
+    )
+    found = patient_level(predictions)
+    assert found.patients.tolist() == ["a", "b", "c"]
+    assert found.grades.tolist() == [4, 2, 1]
+    assert found.predicted.tolist() == [1, 4, 1]
+    assert found.probabilities.tolist() == shares[[1, 2, 4]].tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_patients_are_those_of_a_loop(seed):
+    predictions = draw_predictions(80, seed, per_patient=3)
+    order = np.random.default_rng(seed).permutation(80)
+    predictions = select(predictions, order)
+    found = patient_level(predictions)
+    assert found.patients.tolist() == sorted(set(predictions.patients))
+    for row, name in enumerate(found.patients):
+        mine = predictions.patients == name
+        assert found.grades[row] == predictions.grades[mine].max()
+        assert found.predicted[row] == predictions.predicted[mine].max()
+        assert found.referable_score[row] == predictions.referable_score[mine].max()
+    assert patient_level(found).probabilities.tolist() == found.probabilities.tolist()
+
+
+# ------------------------------------------------------------------------------ undefined, majority
 
 
 def test_an_absent_grade_is_undefined_with_its_reason():
@@ -174,18 +352,19 @@ def test_an_absent_grade_is_undefined_with_its_reason():
 
 
 @pytest.mark.parametrize("grades", [[0, 1, 1, 0], [2, 3, 4, 4]])
-def test_one_side_of_referable_is_undefined_with_its_reason(grades):
-    entry = point_values(predictions_of(grades, [0, 1, 2, 3]))["referable_auroc"]
+@pytest.mark.parametrize("name", ["referable_auroc", "referable_ap"])
+def test_one_side_of_referable_is_undefined_with_its_reason(grades, name):
+    entry = point_values(predictions_of(grades, [0, 1, 2, 3]))[name]
     assert entry == {"value": None, "reason": "all test images on one side of grade 2"}
 
 
 def test_qwk_of_one_same_grade_is_undefined_with_its_reason():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = evaluate(predictions_of([2, 2, 2], [2, 2, 2]), draws=20)
+        found = evaluate(predictions_of([2] * 12, [2] * 12), draws=20)
     assert found["qwk"]["value"] is None
     assert "one same grade" in found["qwk"]["reason"]
-    assert found["accuracy"] == {"value": 1.0, "ci95": [1.0, 1.0]}
+    assert found["accuracy"]["value"] == 1.0
     # One grade answered with another is no agreement, but it is defined.
     assert values_of(predictions_of([2, 2, 2], [1, 1, 1]))["qwk"] == 0
 
@@ -197,192 +376,125 @@ def test_majority_answers_the_most_frequent_grade_of_train():
     assert line["accuracy"] == pytest.approx(1 / 5)
     assert line["balanced_accuracy"] == pytest.approx(1 / 4)
     assert line["qwk"] == pytest.approx(0)
+    assert line["macro_f1"] == pytest.approx((2 / 6) / 4)
     assert line["macro_auroc"] is None
+    assert line["referable_auroc"] == 0.5
+    assert line["referable_ap"] == pytest.approx(2 / 5)
+    assert line["sensitivity_at_90_specificity"] is None
+    assert line["brier"] == pytest.approx(2 * 4 / 5)
+    assert line["ece"] == pytest.approx(4 / 5)
     assert (line["recall_0"], line["recall_1"], line["recall_4"]) == (0, 1, None)
 
 
 def test_short_scores_by_hand():
-    votes = np.eye(GRADES)[[0, 0, 2, 4]]
+    votes = np.eye(GRADES, dtype=np.float32)[[0, 0, 2, 4]]
     found = short_scores(votes, np.array([0, 1, 2, 4]), np.array([0, 0, 3]))
     # Mean squares 5 and 5.25, means 1.5 and 1.75, one squared error of 1: 1 - 1 / (4 * 5).
     assert found == pytest.approx({"accuracy": 0.75, "majority": 0.25, "qwk": 1 - 1 / 20})
+
+
+def test_short_scores_of_one_grade_have_no_qwk():
     constant = short_scores(np.eye(GRADES)[[0, 0]], np.array([0, 0]), np.array([0]))
-    assert constant["qwk"] == 0.0
+    assert constant == {"accuracy": 1.0, "majority": 1.0, "qwk": None}
 
 
-# ---------------------------------------------------------- the bootstrap's sufficient statistics
+# ------------------------------------------------------------------- what is written and shown
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_weighted_confusion_is_scikit_learns(seed):
-    predictions = draw_predictions(60, seed)
-    truth = predictions.grades
-    predicted = predictions.predicted
-    weight = np.random.default_rng(seed).integers(0, 4, 60)
-    table = np.zeros((GRADES, GRADES))
-    np.add.at(table, (truth, predicted), weight)
-    found = confusion_metrics(np.stack([table, table.T, np.eye(GRADES)]))
-
-    weighted = {"sample_weight": weight}
-    accuracy = sk.accuracy_score(truth, predicted, **weighted)
-    balanced = sk.balanced_accuracy_score(truth, predicted, **weighted)
-    recalls = sk.recall_score(truth, predicted, labels=LABELS, average=None, **weighted)
-    kappa = sk.cohen_kappa_score(truth, predicted, labels=LABELS, weights="quadratic", **weighted)
-    assert found["accuracy"][0] == pytest.approx(accuracy)
-    assert found["qwk"][:2] == pytest.approx([kappa, kappa])  # it is symmetric
-    assert found["balanced_accuracy"][0] == pytest.approx(balanced)
-    assert [found[f"recall_{grade}"][0] for grade in LABELS] == pytest.approx(list(recalls))
-    assert found["qwk"][2] == found["accuracy"][2] == 1
-
-
-def test_confusion_without_some_grades():
-    table = np.zeros((GRADES, GRADES))
-    table[0, 0] = 3
-    table[2, 0] = 1
-    table[2, 2] = 1
-    found = confusion_metrics(table)
-    assert found["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
-    assert np.isnan([found["recall_1"], found["recall_3"], found["recall_4"]]).all()
-    table[:] = 0
-    table[3, 3] = 4
-    assert np.isnan(confusion_metrics(table)["qwk"])
-
-
-@pytest.mark.parametrize("levels", [3, 10, 10_000])
-def test_weighted_auroc_is_scikit_learns_with_ties(levels):
-    rng = np.random.default_rng(levels)
-    truth = rng.random(200) < 0.3
-    weight = rng.integers(0, 4, 200)
-    score = rng.integers(levels, size=200) + truth
-    ranks = np.unique(score, return_inverse=True)[1]
-    expected = sk.roc_auc_score(truth, score, sample_weight=weight)
-    assert weighted_auroc(ranks, truth, weight.astype(np.float32)) == pytest.approx(expected)
-    assert np.isnan(weighted_auroc(ranks, truth, weight * truth))
-    assert np.isnan(weighted_auroc(ranks, truth, weight * ~truth))
-
-
-# ------------------------------------------------------------------------------------- intervals
-
-
-def values_by_scikit(predictions, rows):
-    """Return the metrics of some rows, NaN where undefined."""
-    truth = predictions.grades[rows]
-    predicted = predictions.predicted[rows]
-    shares = predictions.probabilities[rows]
-    recalls = np.full(GRADES, np.nan)
-    for grade in set(truth):
-        recalls[grade] = (predicted[truth == grade] == grade).mean()
-    macro = np.nan
-    if len(set(truth)) == GRADES:
-        macro = sk.roc_auc_score(truth, shares, multi_class="ovr")
-    values = {
-        "accuracy": sk.accuracy_score(truth, predicted),
-        "balanced_accuracy": np.nanmean(recalls),
-        "qwk": sk.cohen_kappa_score(truth, predicted, labels=LABELS, weights="quadratic"),
-        "macro_auroc": macro,
-        "referable_auroc": sk.roc_auc_score(truth >= 2, shares[:, 2:].sum(axis=1)),
-    }
-    for grade in LABELS:
-        values[f"recall_{grade}"] = recalls[grade]
-    return values
-
-
-def test_intervals_are_those_of_a_resampling_loop():
-    predictions = draw_predictions(36, seed=3, per_patient=2)
-    patients = np.unique(predictions.patients)
-    rng = np.random.default_rng(7)
-    samples = []
-    for _ in range(100):
-        chosen = patients[rng.integers(len(patients), size=len(patients))]
-        rows = [np.flatnonzero(predictions.patients == patient) for patient in chosen]
-        samples.append(values_by_scikit(predictions, np.concatenate(rows)))
-    assert any(np.isnan(values["macro_auroc"]) for values in samples), "undefined draws occur"
-
-    found = evaluate(predictions, draws=100, seed=7)
-    for name, entry in found.items():
-        expected = np.nanpercentile([values[name] for values in samples], [2.5, 97.5])
-        assert entry["ci95"] == pytest.approx(expected, abs=1e-6), name
-
-
-def select(predictions, rows):
-    """Return the predictions of some rows."""
-    return Predictions(
-        predictions.grades[rows],
-        predictions.predicted[rows],
-        predictions.probabilities[rows],
-        predictions.patients[rows],
-    )
-
-
-def test_intervals_are_seeded_and_do_not_depend_on_the_rows_order():
+def test_summary_has_the_parts_of_results():
     predictions = draw_predictions(60, per_patient=2)
-    found = evaluate(predictions, 100)
-    assert evaluate(predictions, 100) == found
-    assert evaluate(predictions, 100, seed=1)["accuracy"] != found["accuracy"]
-    order = np.random.default_rng(1).permutation(60)
-    mixed = evaluate(select(predictions, order), 100)
-    for name, entry in found.items():
-        assert mixed[name]["ci95"] == pytest.approx(entry["ci95"], abs=1e-6)
-        low, high = entry["ci95"]
-        assert low <= entry["value"] <= high
+    validation = draw_predictions(40, seed=1, per_patient=2)
+    thresholds = [0.5, 1.5, 2.5, 3.5]
+    expected_grade = predictions.probabilities @ np.arange(GRADES)
+    by_thresholds = np.digitize(expected_grade, thresholds)
+    train_grades = np.array([0, 0, 1])
+    summary = summarize(predictions, train_grades, validation, (thresholds, by_thresholds))
+    assert list(summary) == [
+        *("majority", "metrics", "patients", "thresholded", "confusion", "reliability"),
+        "validation",
+    ]
+    json.dumps(summary, allow_nan=False)
+
+    assert summary["metrics"] == evaluate(predictions, validation)
+    assert summary["validation"] == values_of(validation, validation)
+    patients = patient_level(predictions)
+    expected = evaluate(patients, patient_level(validation), PATIENT_METRICS)
+    assert summary["patients"] == expected
+    assert list(expected) == [
+        *("accuracy", "balanced_accuracy", "qwk", "macro_f1", "referable_auroc", "referable_ap"),
+        *("sensitivity_at_90_specificity", "sensitivity_at_95_specificity"),
+        *("specificity_at_90_sensitivity", *(f"recall_{grade}" for grade in LABELS)),
+    ]
+    reading = summary["thresholded"]
+    assert reading["thresholds"] == thresholds
+    assert list(reading["metrics"]) == [
+        *("accuracy", "balanced_accuracy", "qwk", "macro_f1", "macro_precision"),
+        *(f"recall_{grade}" for grade in LABELS),
+    ]
+    kappa = sk.cohen_kappa_score(predictions.grades, by_thresholds, weights="quadratic")
+    assert reading["metrics"]["qwk"]["value"] == pytest.approx(kappa)
+    table = sk.confusion_matrix(predictions.grades, by_thresholds, labels=LABELS)
+    assert reading["confusion"] == table.tolist()
+    table = sk.confusion_matrix(predictions.grades, predictions.predicted, labels=LABELS)
+    assert summary["confusion"] == table.tolist(), "the truth is in rows"
+
+    bare = summarize(predictions, train_grades)
+    assert list(bare) == ["majority", "metrics", "patients", "confusion", "reliability"]
 
 
-def test_two_eyes_of_a_patient_do_not_count_as_two():
-    one = draw_predictions(100, seed=2)
-    twice = select(one, np.tile(np.arange(100), 2))
-    loose = Predictions(
-        twice.grades, twice.predicted, twice.probabilities, np.arange(200).astype(str)
-    )
-    expected = evaluate(one, 400)
-    found = evaluate(twice, 400)
-    narrow = evaluate(loose, 400)
-    for name in ("accuracy", "qwk", "macro_auroc", "referable_auroc", "balanced_accuracy"):
-        assert found[name]["ci95"] == pytest.approx(expected[name]["ci95"], abs=1e-6), name
-        width = np.diff(found[name]["ci95"])[0]
-        independent = np.diff(narrow[name]["ci95"])[0]
-        assert 1.15 < width / independent < 1.75, name  # sqrt 2 = 1.41
-
-
-def test_a_draw_holds_as_many_patients_as_there_are():
-    draws = draw_patients(np.array(["b", "a", "b", "c"]), 200, seed=0)
-    assert draws.patient_of_image.tolist() == [1, 0, 1, 2]
-    assert (draws.counts.sum(axis=1) == 3).all()
-    assert draws.counts.max() == 3, "with replacement"
-    weights = list(draws.image_weights())
-    assert len(weights) == 200
-    first = draws.counts[0]
-    assert weights[0].tolist() == [first[1], first[0], first[1], first[2]]
-
-
-# -------------------------------------------------------------------------------- what people see
+def texts_of(lines):
+    """Return the lines of the first part, by what stands in the title's columns."""
+    titles = [line[: lines[0].index("value") - 3].strip() for line in lines[1:]]
+    return dict(zip(titles, lines[1:], strict=True))
 
 
 def test_summary_and_its_lines(capsys):
-    predictions = predictions_of([0, 0, 0, 1, 2], [0, 0, 2, 1, 2])
+    predictions = draw_predictions(200)
+    predictions = select(predictions, predictions.grades != 3)
     summary = summarize(predictions, np.array([0, 0, 0, 1]))
-    assert list(summary) == ["majority", "metrics", "confusion"]
-    expected = np.zeros((GRADES, GRADES), int)
-    expected[0, 0] = 2
-    expected[0, 2] = 1
-    expected[1, 1] = 1
-    expected[2, 2] = 1
-    assert summary["confusion"] == expected.tolist(), "the truth is in rows"
-    assert summary["majority"]["grade"] == 0
-
     lines = summary_lines(summary)
     assert lines[0].split() == ["value", "95", "%", "interval", "majority"]
-    titles = [line[:18].strip() for line in lines[1:]]
-    assert titles == [metric.title for metric in METRICS]
-    texts = dict(zip(titles, lines[1:], strict=True))
-    low, high = summary["metrics"]["accuracy"]["ci95"]
-    words = ["accuracy", "0.800", f"{low:.3f}", "to", f"{high:.3f}", "0.600"]
-    assert texts["accuracy"].split() == words
+    (patients,) = [row for row, line in enumerate(lines) if line.startswith("patients")]
+    texts = texts_of(lines[:patients])
+    entry = summary["metrics"]["accuracy"]
+    low, high = entry["ci95"]
+    words = [f"{entry['value']:.3f}", f"{low:.3f}", "to", f"{high:.3f}"]
+    words.append(f"{summary['majority']['accuracy']:.3f}")
+    assert texts["accuracy"].split()[1:] == words
     assert texts["QWK"].split()[-1] == "0.000"
-    assert " - " in texts["macro AUROC"]
-    assert "no test image of grade 3, 4" in texts["macro AUROC"]
+    assert texts["macro AUROC"].split()[2] == "-"
+    assert texts["macro AUROC"].endswith("(no test image of grade 3)")
+    assert texts["balanced accuracy"].endswith(
+        "(no interval: 0 patients of grade 3; an interval takes 10)"
+    )
+    title = "sensitivity at 90 % specificity"
+    assert texts[title].endswith("(no validation predictions to choose the threshold on)")
+    assert lines[patients + 1].split()[0] == "accuracy"
 
     print_summary(summary, "A title")
     assert capsys.readouterr().out == "\n".join(["", "A title", *lines, ""])
+
+
+def test_both_readings_are_shown():
+    predictions = draw_predictions(60)
+    thresholds = [0.5, 1.5, 2.5, 3.5]
+    summary = summarize(
+        predictions, np.array([0]), None, (thresholds, np.zeros_like(predictions.grades))
+    )
+    lines = summary_lines(summary)
+    row = lines.index("grades by thresholds")
+    value = f"{(predictions.grades == 0).mean():.3f}"
+    assert lines[row + 1].split()[:2] == ["accuracy", value]
+    assert lines[1].split()[1] != value
+
+
+def test_long_reasons_are_shortened_for_people():
+    predictions = predictions_of([0, 1, 2, 3, 4] * 3, [0, 1, 2, 3, 4] * 3)
+    summary = summarize(predictions, np.array([0]))
+    reason = summary["metrics"]["macro_f1"]["no_interval"]
+    assert len(reason) > 60
+    (line,) = [line for line in summary_lines(summary) if line.startswith("macro F1")][:1]
+    assert line.endswith(f"(no interval: {reason[:57].rstrip()}...)")
 
 
 def test_a_metric_may_be_defined_where_the_majority_lines_is_not():
@@ -390,9 +502,8 @@ def test_a_metric_may_be_defined_where_the_majority_lines_is_not():
     summary = summarize(predictions, np.array([2]))
     assert summary["metrics"]["qwk"]["value"] == 0
     assert summary["majority"]["qwk"] is None
-    (line,) = [line for line in summary_lines(summary) if line.startswith("QWK")]
-    assert line.split()[1] == "0.000"
-    assert line.split()[-1] == "-"
+    line = [line for line in summary_lines(summary) if line.startswith("QWK")][0]
+    assert line.split()[1:4] == ["0.000", "-", "-"]
 
 
 def test_confusion_plot_shows_the_counts(tmp_path, monkeypatch):

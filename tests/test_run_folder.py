@@ -621,6 +621,20 @@ def test_scores_stay_beside_the_bar(tmp_path, no_events, monkeypatch):
     assert shown == ["loss 2, val k-NN 0.500 (majority 0.250), qwk 0.125"]
 
 
+def test_an_undefined_qwk_is_shown_as_a_dash(tmp_path, no_events, monkeypatch, caplog):
+    shown = []
+    progress = Progress(tmp_path, 0, 100, 8, is_main=True)
+    monkeypatch.setattr(progress._bar, "set_postfix_str", shown.append)
+    scores = {"knn_accuracy": 0.5, "knn_majority": 0.25, "knn_qwk": None}
+    with caplog.at_level("INFO"):
+        progress.record({"rankme": 3.5} | scores)
+    progress.record({"loss": 2.0})
+    assert shown == ["loss 2, val k-NN 0.500 (majority 0.250), qwk -"]
+    assert "knn_majority 0.25, knn_qwk -" in caplog.text
+    line = json.loads((tmp_path / "log.jsonl").read_text("utf-8").splitlines()[0])
+    assert line["knn_qwk"] is None
+
+
 def test_numbers_go_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
     written = []
 

@@ -418,3 +418,17 @@ def test_diverged_leaves_all_as_it_was(tiny, monkeypatch):
 def test_sinkhorn_wants_the_whole_batch_at_once():
     with pytest.raises(ValueError, match="--accumulate: expected 1 with --centering sinkhorn"):
         SSRL.Options(centering="sinkhorn", accumulate=2)
+
+
+def test_the_best_checkpoint_is_not_chosen_by_an_undefined_qwk(tiny, monkeypatch):
+    state, run, _ = build(tiny())
+    saved = []
+    monkeypatch.setattr(SSRL, "save", lambda *_, name: saved.append(name))
+    for record in ({"rankme": 3.0}, {"knn_qwk": None}):
+        SSRL.save_best(state, run, record)
+    assert saved == []
+    assert state.best_qwk == -1.0
+    SSRL.save_best(state, run, {"knn_qwk": -0.5})
+    assert saved == ["checkpoint-best.pth", "checkpoint.pth"]
+    SSRL.save_best(state, run, {"knn_qwk": None})
+    assert state.best_qwk == -0.5
