@@ -2,21 +2,27 @@
 
     python visualize_attention.py --image img.jpeg
     python visualize_attention.py --pretrained runs/NAME --image FOLDER a.jpeg --image-size 960
+    python visualize_attention.py --pretrained runs/NAME --image FOLDER --masks MASKS
 
 Writes RUN/attention/ for each photograph: <name>.png (input, mean, overlay, mask and heads side by
 side), <name>_mean.png, _overlay.png, _mask.png, _head<i>.png and <name>.npz with the numbers.
+With masks of lesions it says whether attention lies on them, and whether patch tokens tell them:
+lesions.json, lesions.csv and lesions.png.
 Shapes: S the photograph's side in pixels, H heads, h w the grid of patches, N tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
+import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,11 +32,22 @@ from tqdm import tqdm
 
 from devices import autocast, autocast_dtype, choose_device, use_fast_matmul
 from evaluation import open_weights
+from fundus import lesion_probe, lesion_scores
+from fundus.lesion_report import Study, evaluate_lesions, plot_lesions, summary_lines, table_of
+from fundus.lesion_scores import cut_patches, holds_lesion, score_photograph
+from fundus.lesions import Lesions, MaskFiles, count_classes, find_masks, patient_of, read_lesions
 from fundus.listing import SUFFIXES
-from fundus.photographs import PhotographError, load_photograph
-from utils import Bounds, InputError, RunOptions, log, run_main, sha256_of, write_atomic
+from fundus.photographs import PhotographError, read_photograph
+from run_folder import versions
+from utils import Bounds, InputError, RunOptions, log, run_main, sha256_of, write_atomic, write_json
 from vision_transformer import Backbone
-from weights import BackboneOptions, load_backbone
+from weights import BackboneOptions, Weights, load_backbone
+
+# Names of files in the output that are no photograph's.
+RESERVED = ("lesions",)
+
+# What the patch tokens of all photographs with masks may take in memory.
+MAX_TOKEN_BYTES = 8 * 10**9
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -44,6 +61,14 @@ class Options(BackboneOptions, RunOptions):
     """Side in pixels that the squared photograph is brought to, padded to full patches."""
     threshold: Annotated[float, Bounds(1e-3, 1)] = 0.6
     """The mask keeps the patches that hold this share of the attention, the strongest first."""
+    masks: str = ""
+    """Folder of lesion masks, CLASS/PHOTOGRAPH.png or PHOTOGRAPH_CLASS.png, in the photographs' own
+    size: is attention on lesions? Empty: not asked."""
+    dilate: Annotated[float, Bounds(0, 16)] = 0.5
+    """By how many patches' sides lesions are widened for lift and pointing game, since attention is
+    no finer than a patch."""
+    draws: Annotated[int, Bounds(100, 100_000)] = 1000
+    """Draws of the turned null and of the bootstrap over patients."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +102,7 @@ def find_photographs(names: Sequence[str]) -> dict[str, Path]:
         owner = re.sub(r"_(mean|overlay|mask|head\d+)$", "", stem)
         if owner != stem and owner in stems:
             unique = f"{stem}-1"
-        while unique in photographs:
+        while unique in photographs or unique in RESERVED:
             number += 1
             unique = f"{stem}-{number}"
         photographs[unique] = path
@@ -104,18 +129,34 @@ def attend(backbone: Backbone, photograph: np.ndarray, dtype: torch.dtype | None
     The photograph is padded with black, right and below, to a multiple of the patch. What [CLS]
     gives to itself and to registers is left out before each head is scaled to 1.
     """
-    device = backbone.device
-    patch = backbone.spec.patch_size
-    side = photograph.shape[0]
-    grid = math.ceil(side / patch)
-    image = torch.zeros(1, 3, grid * patch, grid * patch, dtype=torch.uint8, device=device)
-    image[..., :side, :side] = torch.from_numpy(photograph).to(device).permute(2, 0, 1)
-
-    with autocast(device, dtype):
+    image = pad_photograph(backbone, photograph)
+    grid = image.shape[2] // backbone.spec.patch_size
+    with autocast(backbone.device, dtype):
         attention = backbone.cls_attention(backbone.normalize(image))[0]  # (H, N)
     of_patches = attention[:, backbone.num_prefix_tokens :].float().cpu()
     maps = of_patches.reshape(-1, grid, grid)
     return (maps / maps.sum(dim=(1, 2), keepdim=True)).numpy()
+
+
+@torch.inference_mode()
+def patch_tokens(
+    backbone: Backbone, photograph: np.ndarray, dtype: torch.dtype | None
+) -> np.ndarray:
+    """Return the normed patch tokens of a photograph padded as `attend` does, float32 (h w, D)."""
+    image = pad_photograph(backbone, photograph)
+    with autocast(backbone.device, dtype):
+        tokens = backbone.all_tokens(backbone.normalize(image)).patches[0]
+    return tokens.float().cpu().numpy()
+
+
+def pad_photograph(backbone: Backbone, photograph: np.ndarray) -> torch.Tensor:
+    """Return a photograph (S, S, 3) as uint8 (1, 3, h patch, w patch) on the backbone's device."""
+    device = backbone.device
+    side = photograph.shape[0]
+    padded = math.ceil(side / backbone.spec.patch_size) * backbone.spec.patch_size
+    image = torch.zeros(1, 3, padded, padded, dtype=torch.uint8, device=device)
+    image[..., :side, :side] = torch.from_numpy(photograph).to(device).permute(2, 0, 1)
+    return image
 
 
 def strongest(attention: np.ndarray, share: float) -> np.ndarray:
@@ -219,21 +260,153 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     write_atomic(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
+# ----------------------------------------------------------------------------------------- lesions
+def study_photograph(
+    backbone: Backbone,
+    name: str,
+    picture: np.ndarray,
+    attention: np.ndarray,
+    lesions: Lesions,
+    options: Options,
+) -> Study:
+    """Return what the evaluation of lesions needs of one photograph.
+
+    `picture` is uint8 (S, S, 3), `attention` (H, h, w).
+    """
+    patch = backbone.spec.patch_size
+    dtype = autocast_dtype(options.precision, backbone.device)
+    counted = cut_patches(lesions.inside, patch).counted
+    held = {}
+    for lesion, share in lesions.shares.items():
+        held[lesion] = holds_lesion(share, patch)[counted]
+    # 16 bits hold a normed token well enough, and all of a data set's tokens stay in memory.
+    tokens = patch_tokens(backbone, picture, dtype)[counted].astype(np.float16)
+    features = {"tokens": tokens, "color": lesion_probe.patch_colors(picture, patch, counted)}
+    scores = score_photograph(attention, lesions, patch, options.dilate * patch)
+    return Study(name, patient_of(name), scores, held, features)
+
+
+def lesion_settings(
+    options: Options,
+    weights: Weights,
+    photographs: Mapping[str, Path],
+    masks: Mapping[str, MaskFiles],
+) -> dict[str, Any]:
+    """Return all that lesions.json depends on."""
+    rows = []
+    for name in sorted(masks):
+        files = {lesion: sha256_of(path) for lesion, path in sorted(masks[name].items())}
+        rows.append((name, sha256_of(photographs[name]), files))
+    patch = weights.spec.patch_size
+    return {
+        "backbone": {
+            "path": weights.path,
+            "sha256": weights.sha256,
+            "network": weights.network,
+            "arch": weights.spec.arch,
+            "patch_size": patch,
+        },
+        "data": {
+            "photographs": len(masks),
+            "masks": count_classes(masks),
+            "fingerprint": hashlib.sha256(repr(rows).encode()).hexdigest(),
+        },
+        "image_size": options.image_size,
+        "precision": options.precision,
+        "dilate": {"patches": options.dilate, "pixels": options.dilate * patch},
+        "lesion_share_of_patch": lesion_scores.LESION_SHARE,
+        "null": {"turns": lesion_scores.TURNS, "least_kept": lesion_scores.LEAST_KEPT},
+        "probe": lesion_probe.SETTINGS,
+        "draws": options.draws,
+        "seed": options.seed,
+    }
+
+
+def check_lesions(path: Path, settings: dict[str, Any]) -> None:
+    """Raise InputError if a lesions.json at `path` has other settings, and says which."""
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        differing = [name for name in settings if found.get(name) != settings[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        differing = ["everything, since it is damaged"]
+    if differing:
+        raise InputError(
+            f"{path}: differs in {', '.join(differing)}; --overwrite replaces it, --output-dir "
+            "spares it"
+        )
+
+
+def write_lesions(
+    output: Path, settings: dict[str, Any], studies: Sequence[Study], options: Options
+) -> None:
+    """Evaluate the photographs with masks; print the tables, write lesions.json, .csv and .png."""
+    classes, rows = evaluate_lesions(studies, options.draws, options.seed)
+    if not classes:
+        raise InputError(f"--masks {options.masks}: no mask has a lesion inside the fundus")
+    results = {
+        "settings": settings,
+        "photographs": len(studies),
+        "classes": classes,
+        "versions": versions(),
+        "command": sys.argv,
+    }
+    table = table_of(rows)
+    plot_lesions(classes, output / "lesions.png")
+    write_atomic(output / "lesions.csv", lambda path: path.write_text(table, "utf-8"))
+    write_json(output / "lesions.json", results)  # the last: what has it is complete
+    print("\n".join(["", f"lesions of {len(studies)} photographs, {output}"]))
+    print("\n".join(summary_lines(classes)))
+
+
+def open_masks(options: Options, photographs: Mapping[str, Path]) -> dict[str, MaskFiles]:
+    """Return the masks of each photograph by class; none where `--masks` does not ask."""
+    if not options.masks:
+        return {}
+    masks = find_masks(Path(options.masks), photographs)
+    without = len(photographs) - len(masks)
+    if without:
+        log.info("%d photographs have no mask at all and take no part in lesions.json", without)
+    return masks
+
+
+def check_memory(backbone: Backbone, count: int, image_size: int) -> None:
+    """Raise InputError where the tokens of `count` photographs would take too much memory."""
+    patches = math.ceil(image_size / backbone.spec.patch_size) ** 2
+    size = count * patches * backbone.embed_dim * 2
+    if size > MAX_TOKEN_BYTES:
+        raise InputError(
+            f"--masks: the tokens of {count} photographs at {image_size} px take {size / 1e9:.1f} "
+            f"GB; expected {MAX_TOKEN_BYTES / 1e9:.0f} or less: fewer photographs, or a smaller "
+            "--image-size"
+        )
+
+
 # ------------------------------------------------------------------------------------- the program
 def main(options: Options, config: Path | None) -> None:
     """Draw the maps of every photograph; one that cannot be read does not cost the others."""
     photographs = find_photographs(options.image)
+    masks = open_masks(options, photographs)
     weights, output = open_weights(options, "attention")
+    settings = lesion_settings(options, weights, photographs, masks)
+    if masks and not options.overwrite:
+        check_lesions(output / "lesions.json", settings)
     device = choose_device(options.device)
     use_fast_matmul(device)
     dtype = autocast_dtype(options.precision, device)
     backbone = load_backbone(weights).to(device)
+    check_memory(backbone, len(masks), options.image_size)
     patch = backbone.spec.patch_size
 
     failed = []
+    studies = []
     for name, path in tqdm(photographs.items(), desc="attention", disable=None):
+        lesions = None
         try:
-            photograph = load_photograph(path, options.image_size)
+            photograph = read_photograph(path, options.image_size)
+            if name in masks:
+                lesions = read_lesions(masks[name], photograph, options.image_size)
         except PhotographError as error:
             failed.append(f"{path}: {error}")
             continue
@@ -241,9 +414,10 @@ def main(options: Options, config: Path | None) -> None:
         if not options.overwrite:
             check_results(output / f"{name}.npz", origin)
 
-        attention = attend(backbone, photograph, dtype)
+        picture = photograph.picture
+        attention = attend(backbone, picture, dtype)
         mask = strongest(attention.mean(axis=0), options.threshold)
-        pictures = draw(photograph, attention, mask, patch)
+        pictures = draw(picture, attention, mask, patch)
         numbers = {
             "attention": attention,
             "mask": mask,
@@ -253,8 +427,13 @@ def main(options: Options, config: Path | None) -> None:
             "photograph": np.array(origin[1]),
         }
         write_results(output, name, pictures, numbers)
+        if lesions:
+            study = study_photograph(backbone, name, picture, attention, lesions, options)
+            studies.append(study)
 
     log.info("%d photographs in %s", len(photographs) - len(failed), output)
+    if studies:
+        write_lesions(output, settings, studies, options)
     if failed:
         raise InputError("no attention for\n  " + "\n  ".join(failed))
 
