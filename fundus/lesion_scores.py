@@ -25,7 +25,7 @@ LESION_SHARE = 0.01
 FUNDUS_SHARE = 0.5
 
 TURNS = 180  # two degrees apart; the first one is none
-LEAST_KEPT = 0.9  # of a turned mask; a turn that takes more of it out of the fundus does not count
+LEAST_KEPT = 0.95  # of a turned mask; a turn that takes more of it out of the fundus does not count
 
 
 @dataclass(frozen=True)

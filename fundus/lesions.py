@@ -186,16 +186,18 @@ def fundus_region(photograph: Photograph, size: int) -> np.ndarray:
 def _read_mask(path: Path, photograph: Photograph, size: int) -> np.ndarray:
     """Return the share of each pixel of the picture that a mask covers, float32 (size, size)."""
     try:
-        brightness = open_photograph(path).max(axis=2)  # (height, width), whatever its colour
+        image = open_photograph(path)
     except PhotographError as error:
         raise PhotographError(f"its mask {path} {error}") from None
-    height, width = brightness.shape
+    height, width = image.shape[:2]
     if (width, height) != (photograph.width, photograph.height):
         raise PhotographError(
             f"its mask {path} has {width} x {height} pixels; expected the photograph's own "
             f"{photograph.width} x {photograph.height}"
         )
 
+    # Whatever their colour. A maximum over the last axis would take ten times as long.
+    brightness = np.maximum(np.maximum(image[..., 0], image[..., 1]), image[..., 2])
     # Lesions are 1 in some files and 255 in others; smooth edges are cut at half of it.
     covered = brightness > brightness.max() // 2
     if covered.mean() > MOST_COVERED:
