@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fundus.eye_map import LESIONS
 from fundus.listing import NAME_WITH_EYE, stem_of
-from fundus.photographs import Photograph, PhotographError, crop_square, open_photograph
+from fundus.photographs import Photograph, PhotographError, crop_mask, open_photograph
 from utils import InputError, log
 
 # No JPEG, since its noise about an edge is no lesion, and since photographs may lie beside masks.
@@ -175,8 +174,8 @@ def fundus_region(photograph: Photograph, size: int) -> np.ndarray:
     It is the disc as wide as the fundus' box, in the picture's middle, without the padding where
     the frame cuts it off. Where no fundus was found it is the whole box.
     """
-    white = np.full((photograph.height, photograph.width), 255, np.uint8)
-    in_box = crop_square(white, photograph.box, size, Image.Resampling.BOX) > 127
+    everything = np.ones((photograph.height, photograph.width), dtype=bool)
+    in_box = crop_mask(everything, photograph, size) > 0.5
     if photograph.doubtful:
         return in_box
     offset = np.arange(size) + 0.5 - size / 2
@@ -204,9 +203,7 @@ def _read_mask(path: Path, photograph: Photograph, size: int) -> np.ndarray:
         raise PhotographError(
             f"its mask {path} covers {covered.mean():.0%} of it; expected black (0) outside lesions"
         )
-    white = covered.astype(np.uint8) * 255
-    share = crop_square(white, photograph.box, size, Image.Resampling.BOX)
-    return share.astype(np.float32) / 255
+    return crop_mask(covered, photograph, size)
 
 
 def widen(share: np.ndarray, radius: float) -> np.ndarray:

@@ -62,6 +62,8 @@ class Photograph(NamedTuple):
     doubtful: bool  # no fundus was found, the box is the whole image
     width: int  # of the source, upright
     height: int
+    factor: int  # it was decoded at 1 / factor of its size: 1, 2, 4 or 8
+    decoded_box: Box  # of the fundus, in pixels of what was decoded
 
 
 def load_photograph(
@@ -117,7 +119,8 @@ def read_photograph(
         right=round(box.right * x_scale),
         bottom=round(box.bottom * y_scale),
     )
-    return Photograph(picture, source_box, field is None, width, height)
+    factor = round(max(x_scale, y_scale))
+    return Photograph(picture, source_box, field is None, width, height, factor, box)
 
 
 def open_photograph(
@@ -166,6 +169,20 @@ def crop_square(
     """
     square = Image.fromarray(pad_square(box.cut(image)))
     return np.array(square.resize((size, size), resample))
+
+
+def crop_mask(mask: np.ndarray, photograph: Photograph, size: int) -> np.ndarray:
+    """Return the share of each pixel of a photograph's picture that a mask of it covers.
+
+    `mask` is bool (height, width) as the source, the result float32 (size, size). It goes the very
+    way of the photograph, step by step: a box in the source's pixels could be off by half of a
+    decoded pixel, which may be a whole one of the picture.
+    """
+    white = Image.fromarray(mask.astype(np.uint8) * 255)
+    # Decoders round up where the factor does not divide the size, as this does.
+    decoded = np.asarray(white.reduce(photograph.factor))
+    share = crop_square(decoded, photograph.decoded_box, size, Image.Resampling.BOX)
+    return share.astype(np.float32) / 255
 
 
 def crop_aspect(image: np.ndarray, box: Box, size: int) -> np.ndarray:

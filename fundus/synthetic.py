@@ -7,9 +7,15 @@ depend on the grade, and they have random numbers of their own: one seed with tw
 with other lesions, so that nothing else can tell a benchmark the grade. The order in which random
 numbers are taken is part of every drawing.
 
+    python -m fundus.synthetic OUT --count 20
+
+writes frames as a camera gives them, uncropped, into OUT/images, and masks of their lesions, of the
+same size, into OUT/masks/<lesion>.
+
 Shapes: H and W are the height and width of the camera's frame. DD are diameters of the optic disc.
 """
 
+import argparse
 import io
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -429,3 +435,55 @@ def _draw_into(folder: Path, eye: DrawnEye) -> str:
         inside = (share > 0).astype(np.uint8) * 255
         Image.fromarray(inside).save(folder / "masks" / f"{eye.name}_{lesion}.png")
     return sha256_of(path)
+
+
+def draw_frames(folder: Path, count: int, height: int = 576, seed: int = 0) -> None:
+    """Draw `count` eyes with lesions as cameras give them, with their masks, on all cores.
+
+    `folder` receives images/<name>.png and masks/<lesion>/<name>.png of the same size (255 inside,
+    only where there is such a lesion). Eyes without retinopathy are passed over. Raises InputError
+    where the folder has files already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: is not empty; name a new folder")
+    # Half of all eyes are healthy; of so many, enough are not.
+    eyes = [eye for eye in plan_eyes(6 * count + 60, seed) if eye.grade > 0][:count]
+    (folder / "images").mkdir(parents=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(partial(_draw_frame, folder, height), eyes)
+        for _ in tqdm(drawn, total=count, desc="draw", disable=None):
+            pass
+
+
+def _draw_frame(folder: Path, height: int, eye: DrawnEye) -> None:
+    """Write one eye's frame and the masks of its lesions."""
+    frame, masks = draw_photograph(eye, height)
+    Image.fromarray(frame).save(folder / "images" / f"{eye.name}.png")
+    for lesion, mask in masks.items():
+        if mask.any():
+            (folder / "masks" / lesion).mkdir(parents=True, exist_ok=True)
+            white = mask.astype(np.uint8) * 255
+            Image.fromarray(white).save(folder / "masks" / lesion / f"{eye.name}.png")
+
+
+def main() -> None:
+    """Draw the frames that the command line asks for."""
+    parser = argparse.ArgumentParser(description="Draw fundus photographs and masks of lesions.")
+    parser.add_argument("folder", metavar="OUT", type=Path, help="new folder for images and masks")
+    parser.add_argument("--count", type=int, default=20, help="how many photographs (1 to 10000)")
+    parser.add_argument("--height", type=int, default=576, help="of a frame in pixels (64 to 4096)")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other eyes")
+    options = parser.parse_args()
+
+    limits = {"count": (1, 10_000), "height": (64, 4096), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in limits.items():
+        if not low <= getattr(options, name) <= high:
+            parser.error(f"--{name} {getattr(options, name)}: expected {low} to {high}")
+    try:
+        draw_frames(options.folder, options.count, options.height, options.seed)
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
