@@ -3,18 +3,37 @@
 Run it with `python -m pytest tests/test_visualize_attention.py`.
 """
 
+import csv
+import json
+import shutil
+import subprocess
+import sys
 from itertools import combinations
 
 import helpers
 import numpy as np
 import pytest
 import torch
+from conftest import child_environment
 from PIL import Image
 
-from fundus.photographs import load_photograph
-from utils import InputError
+import visualize_attention
+from fundus.lesion_scores import score_photograph
+from fundus.lesions import find_masks, read_lesions
+from fundus.photographs import load_photograph, read_photograph
+from fundus.synthetic import draw_frames
+from utils import HERE, InputError
 from vision_transformer import Backbone, BackboneSpec
-from visualize_attention import Options, attend, draw, find_photographs, main, strongest
+from visualize_attention import (
+    Options,
+    attend,
+    check_memory,
+    draw,
+    find_photographs,
+    main,
+    patch_tokens,
+    strongest,
+)
 from weights import save_backbone
 
 ENDINGS = ["", "_head0", "_head1", "_mask", "_mean", "_overlay"]
@@ -304,3 +323,165 @@ def test_pictures_of_one_photograph_are_not_written_over_anothers(run, tmp_path)
     draw_fundus(folder / "a_mask.png", seed=1)
     main(options(run, folder), None)
     assert len(list((run / "attention").glob("*.png"))) == 2 * len(ENDINGS)
+
+
+# ------------------------------------------------------------------------------------- lesions
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Six drawn photographs with masks of their lesions."""
+    folder = tmp_path_factory.mktemp("drawn") / "frames"
+    draw_frames(folder, 6, height=160)
+    return folder
+
+
+def lesion_options(run, drawn, **changed):
+    values = {"masks": str(drawn / "masks"), "image_size": 128, "draws": 100}
+    return options(run, drawn / "images", **{**values, **changed})
+
+
+def read_lesion_results(folder):
+    return json.loads((folder / "lesions.json").read_text(encoding="utf-8"))
+
+
+def test_lesions_by_the_command(run, drawn, tmp_path):
+    words = ["--pretrained", str(run), "--image", str(drawn / "images")]
+    words += ["--masks", str(drawn / "masks"), "--image-size", "128", "--draws", "100"]
+    words += ["--device", "cpu", "--precision", "fp32"]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "visualize_attention.py"), *words],
+        cwd=tmp_path,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = run / "attention"
+    results = read_lesion_results(folder)
+    assert results["photographs"] == 6
+    assert results["settings"]["dilate"] == {"patches": 0.5, "pixels": 8}
+    assert results["settings"]["data"]["masks"]["microaneurysm"] == 6
+    assert list(results["classes"])[-1] == "all_lesions"
+    for name, summary in results["classes"].items():
+        assert name in done.stdout
+        for measure in ("lift", "pointing", "ap"):
+            assert len(summary[measure]["heads"]) == 2
+            assert 0 < summary[measure]["mean"]["p"] <= 1
+
+    with (folder / "lesions.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(each["photographs"] for each in results["classes"].values())
+    with Image.open(folder / "lesions.png") as picture:
+        assert picture.format == "PNG"
+
+    # The csv says of a photograph what its attention, as written, and its masks give.
+    row = next(row for row in rows if row["class"] == "all_lesions")
+    name = row["photograph"]
+    photographs = {name: drawn / "images" / f"{name}.png"}
+    masks = find_masks(drawn / "masks", photographs)[name]
+    lesions = read_lesions(masks, read_photograph(photographs[name], 128), 128)
+    attention = np.load(folder / f"{name}.npz")["attention"]
+    scores = score_photograph(attention, lesions, 16, 8)["all_lesions"]
+    for measure in ("lift", "pointing", "ap"):
+        assert float(row[measure]) == pytest.approx(scores.observed(measure)[0], rel=1e-4)
+
+
+def test_attention_that_lies_on_lesions_is_told_from_even_attention(run, drawn, monkeypatch):
+    """Half of what both heads give lies on the lesions; then nothing does more than chance."""
+    photographs = find_photographs([str(drawn / "images")])
+    masks = find_masks(drawn / "masks", photographs)
+    planted = []
+    for name, path in photographs.items():
+        photograph = read_photograph(path, 128)
+        share = read_lesions(masks[name], photograph, 128).shares["all_lesions"]
+        of_patches = share.reshape(8, 16, 8, 16).sum(axis=(1, 3))
+        planted.append(np.stack([1 / 64 + of_patches / of_patches.sum()] * 2) / 2)
+
+    monkeypatch.setattr(visualize_attention, "attend", lambda *_: planted.pop(0))
+    main(lesion_options(run, drawn), None)
+    found = read_lesion_results(run / "attention")["classes"]["all_lesions"]
+    for measure in ("lift", "ap"):
+        assert found[measure]["mean"]["p"] == pytest.approx(1 / 101)
+        assert found[measure]["mean"]["value"] > found[measure]["mean"]["null"]["ci95"][1]
+
+    even = np.full((2, 8, 8), 1 / 64, np.float32)
+    monkeypatch.setattr(visualize_attention, "attend", lambda *_: even)
+    main(lesion_options(run, drawn, overwrite=True), None)
+    found = read_lesion_results(run / "attention")["classes"]["all_lesions"]
+    assert found["lift"]["mean"]["value"] == pytest.approx(1)
+    assert found["lift"]["mean"]["p"] == 1
+
+
+def test_lesions_of_other_settings_are_not_replaced_unless_asked(run, drawn):
+    main(lesion_options(run, drawn), None)
+    written = run / "attention" / "lesions.json"
+    before = read_lesion_results(run / "attention")["classes"]
+    main(lesion_options(run, drawn), None)  # repeated, with the same numbers
+    assert read_lesion_results(run / "attention")["classes"] == before
+
+    for changed, named in (({"dilate": 1.0}, "dilate"), ({"seed": 1}, "seed")):
+        with pytest.raises(InputError, match=f"differs in {named}; --overwrite"):
+            main(lesion_options(run, drawn, **changed), None)
+    with pytest.raises(InputError, match="differs in data"):
+        main(lesion_options(run, drawn, image=(str(next((drawn / "images").iterdir())),)), None)
+    assert read_lesion_results(run / "attention")["classes"] == before
+    main(lesion_options(run, drawn, dilate=1.0, overwrite=True), None)
+    assert read_lesion_results(run / "attention")["settings"]["dilate"]["pixels"] == 16
+    written.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match="since it is damaged"):
+        main(lesion_options(run, drawn), None)
+
+
+def test_a_mask_of_another_size_costs_its_photograph_alone(run, drawn, tmp_path, caplog):
+    folder = tmp_path / "copy"
+    shutil.copytree(drawn, folder)
+    names = sorted(path.stem for path in (folder / "images").iterdir())
+    file = folder / "masks" / "microaneurysm" / f"{names[0]}.png"
+    Image.open(file).crop((0, 0, 90, 90)).save(file)
+    for path in (folder / "masks").rglob(f"{names[1]}.png"):
+        path.unlink()
+    with caplog.at_level("INFO"), pytest.raises(InputError) as error:
+        main(lesion_options(run, folder), None)
+    assert f"{names[0]}.png has 90 x 90 pixels" in str(error.value)
+    assert names[2] not in str(error.value)
+    assert "1 photographs have no mask" in caplog.text
+    assert read_lesion_results(run / "attention")["photographs"] == 4
+    maps = {path.stem for path in (run / "attention").glob("*.npz")}
+    assert maps == set(names[1:]), "the one without masks has its map"
+
+
+def test_masks_that_show_no_lesion_are_an_error(run, drawn, tmp_path):
+    name = sorted(path.stem for path in (drawn / "images").iterdir())[0]
+    with Image.open(drawn / "images" / f"{name}.png") as picture:
+        empty = Image.new("L", picture.size)
+    (tmp_path / "empty").mkdir()
+    empty.save(tmp_path / "empty" / f"{name}_MA.png")
+    with pytest.raises(InputError, match="no mask has a lesion"):
+        main(lesion_options(run, drawn, masks=str(tmp_path / "empty")), None)
+
+
+def test_tokens_that_would_fill_the_memory_are_refused():
+    check_memory(helpers.pico(), 10, 480)
+    with pytest.raises(InputError, match=r"100000 photographs at 480 px take 11\.5 GB"):
+        check_memory(helpers.pico(), 100_000, 480)
+
+
+@pytest.mark.parametrize("side", [32, 40])
+def test_patch_tokens_are_the_backbones(side):
+    backbone = helpers.pico()
+    photograph = np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    grid = -(-side // 16)
+    padded = np.zeros((16 * grid, 16 * grid, 3), np.uint8)
+    padded[:side, :side] = photograph
+    image = torch.from_numpy(padded).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        expected = backbone.all_tokens(backbone.normalize(image)).patches[0].numpy()
+    found = patch_tokens(backbone, photograph, None)
+    assert found.shape == (grid**2, 64)
+    assert np.abs(found - expected).max() < 1e-6
+
+
+def test_a_photograph_called_lesions_keeps_its_files(tmp_path):
+    helpers.touch(tmp_path, "lesions.png")
+    assert list(find_photographs([str(tmp_path)])) == ["lesions-2"]
