@@ -167,14 +167,15 @@ def plot_lesions(classes: dict[str, Any], path: Path) -> None:
     left.set_yticks(places, [lesion.replace("_", " ") for lesion in classes])
     left.invert_yaxis()
     for axes in (left, right):
-        axes.legend(fontsize=8, loc="lower right")
+        # Above, where no bar can be below it.
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
 
 
 def _plot_lifts(axes: Any, classes: dict[str, Any]) -> None:
     """Draw a bar of lift with its interval for each class, over the null's middle 95 %."""
     axes.set_xlabel("lift: share of attention over share of the fundus")
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     for place, summary in enumerate(classes.values()):
         entry = summary["lift"]["mean"]
         if entry["value"] is None:
@@ -183,10 +184,10 @@ def _plot_lifts(axes: Any, classes: dict[str, Any]) -> None:
         low, high = entry["ci95"]
         axes.plot([low, high], [place, place], color="black", linewidth=1.5)
         low, high = entry["null"]["ci95"]
-        axes.barh(place, high - low, 0.8, left=low, color="tab:gray", alpha=0.5)
+        axes.barh(place, high - low, 0.8, left=low, color="tab:orange", alpha=0.6)
     # Names for the legend, once.
     axes.barh(0, 0, color="tab:blue", label="attention, mean over heads")
-    axes.barh(0, 0, color="tab:gray", alpha=0.5, label="turned: middle 95 %")
+    axes.barh(0, 0, color="tab:orange", alpha=0.6, label="turned: middle 95 %")
 
 
 def _plot_precisions(axes: Any, classes: dict[str, Any]) -> None:

@@ -214,7 +214,7 @@ def map_precisions(density: np.ndarray, held: np.ndarray, patches: Patches) -> n
 def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the average precision (T,) of scores (P,) for each row of bool truth (T, P).
 
-    As scikit-learn's, of which the tests hold it to: equal scores count as one step. NaN for rows
+    As scikit-learn defines it: equal scores count as one step. NaN for rows
     without any True.
     """
     order = np.argsort(-scores, kind="stable")
