@@ -112,32 +112,40 @@ def summary_lines(classes: dict[str, Any]) -> list[str]:
         f"{'turned, 95 %':17}{'p':>7}{'pointing':>10}{'turned':>8}{'AP':>8}{'turned':>8}"
     ]
     for lesion, summary in classes.items():
-        lift = summary["lift"]["mean"]
-        line = f"{lesion:{width}}{summary['photographs']:5}{summary['fundus_share']:9.2%}"
-        line += f"{_number(lift, 'value'):>8}  {_interval(lift):17}"
-        line += f"{_interval(lift.get('null', {})):17}{_number(lift, 'p'):>7}"
-        for measure, room in (("pointing", 10), ("ap", 8)):
-            entry = summary[measure]["mean"]
-            null = entry.get("null", {})
-            line += f"{_number(entry, 'value'):>{room}}{_number(null, 'mean'):>8}"
-        lines.append(line)
-
-    lines += ["", f"{'AP of probes':{width}}{'n':>5}{'tokens':>9}  {'95 % interval':17}"]
-    lines[-1] += f"{'colour':>7}{'chance':>8}{'gain':>8}  {'95 % interval':17}"
+        lines.append(f"{lesion:{width}}{_attention_text(summary)}".rstrip())
+    lines += [
+        "",
+        f"{'AP of probes':{width}}{'n':>5}{'tokens':>9}  {'95 % interval':17}"
+        f"{'colour':>7}{'chance':>8}{'gain':>8}  95 % interval",
+    ]
     for lesion, summary in classes.items():
-        probe = summary["probe"]
-        line = f"{lesion:{width}}{probe['photographs']:5}"
-        if "reason" in probe:
-            lines.append(f"{line}        -  ({probe['reason']})")
-            continue
-        tokens = probe["tokens"]
-        gain = probe["tokens_over_color"]
-        line += (
-            f"{_number(tokens, 'ap'):>9}  {_interval(tokens):17}{_number(probe['color'], 'ap'):>7}"
-        )
-        line += f"{_number(probe, 'prevalence'):>8}{_number(gain, 'ap'):>8}  {_interval(gain):17}"
-        lines.append(line.rstrip())
+        lines.append(f"{lesion:{width}}{_probe_text(summary['probe'])}".rstrip())
     return lines
+
+
+def _attention_text(summary: dict[str, Any]) -> str:
+    """Return a class' row in the table of attention, the mean over heads."""
+    lift = summary["lift"]["mean"]
+    text = f"{summary['photographs']:5}{summary['fundus_share']:9.2%}"
+    text += f"{_number(lift, 'value'):>8}  {_interval(lift):17}"
+    text += f"{_interval(lift.get('null', {})):17}{_number(lift, 'p'):>7}"
+    for measure, room in (("pointing", 10), ("ap", 8)):
+        entry = summary[measure]["mean"]
+        null_mean = _number(entry.get("null", {}), "mean")
+        text += f"{_number(entry, 'value'):>{room}}{null_mean:>8}"
+    return text
+
+
+def _probe_text(probe: dict[str, Any]) -> str:
+    """Return a class' row in the table of probes."""
+    text = f"{probe['photographs']:5}"
+    if "reason" in probe:
+        return f"{text}        -  ({probe['reason']})"
+    tokens = probe["tokens"]
+    gain = probe["tokens_over_color"]
+    text += f"{_number(tokens, 'ap'):>9}  {_interval(tokens):17}"
+    text += f"{_number(probe['color'], 'ap'):>7}{_number(probe, 'prevalence'):>8}"
+    return f"{text}{_number(gain, 'ap'):>8}  {_interval(gain)}"
 
 
 def _number(entry: dict[str, Any], key: str) -> str:
