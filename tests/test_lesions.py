@@ -384,6 +384,34 @@ def test_pointing_by_hand():
     assert found.values["pointing"][1:, 90].tolist() == [0, 0, 0]
 
 
+def test_what_is_widened_beyond_the_rim_does_not_count():
+    inside = disc_region(64)
+    share = np.zeros((64, 64), np.float32)
+    share[28:36, 1:5] = 1
+    lesions = Lesions(inside, {"x": share * inside})
+    scores = lesion_scores.score_photograph(np.ones((1, 8, 8)), lesions, 8, radius=4)["x"]
+    wide = widen(share * inside, 4)
+    assert (wide & ~inside).any()
+    assert scores.wide_share == pytest.approx((wide & inside).sum() / inside.sum())
+    assert scores.observed("lift") == pytest.approx(1)
+
+
+def test_points_turn_with_the_lesions():
+    """A quarter turn takes the patch of row 3, column 5 to row 5, column 4, as x to y."""
+    inside = disc_region(64)
+    share = np.zeros((64, 64), np.float32)
+    share[24:32, 40:48] = 1
+    attention = np.full((3, 8, 8), 1e-3)
+    attention[0, 5, 4] = 1
+    attention[1, 2, 3] = 1  # where the other way round leads
+    attention[2, 4, 2] = 1  # half a turn
+    found = lesion_scores.score_photograph(attention, Lesions(inside, {"x": share}), 8, radius=2)
+    hits = found["x"].values["pointing"][1:]
+    assert hits[:, [0, 45, 90, 135]].tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
+    lifts = found["x"].values["lift"][1:]
+    assert np.array_equal(lifts[:, [0, 45, 90, 135]] > 2, hits[:, [0, 45, 90, 135]] == 1)
+
+
 def test_turning_the_lesions_is_turning_the_map_back():
     attention, lesions = example(size=64)
     scores = lesion_scores.score_photograph(attention, lesions, 8, radius=4)
