@@ -2,18 +2,21 @@
 
 scikit-learn is too slow for a thousand values of twenty metrics. Here a metric comes from sums over
 patients, which a draw weighs, or from scores that are sorted once for all draws.
-Shapes: N images, P patients, R draws, G grades.
+Shapes: N images, P patients, R draws, B of them at a time, S distinct scores of
+positives, G grades.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from fundus.manifest import GRADES
 from fundus.predictions import BINS, Predictions, confidence_bins, confidences
+
+CELLS = 200_000  # draws x images at once: few enough to stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,12 @@ class Draws:
     patient_of_image: np.ndarray  # (N,) int, 0 to P - 1
     counts: np.ndarray  # (R, P) uint16, how often each draw holds each patient
 
-    def image_weights(self) -> Iterator[np.ndarray]:
-        """Give how often each draw holds each image, (N,) float64, draw by draw."""
-        for count in self.counts:
-            yield count.astype(np.float64)[self.patient_of_image]
+    def image_counts(self, order: np.ndarray) -> Iterator[np.ndarray]:
+        """Give how often draws hold the images in some order (N,), (B, N) uint16, B at a time."""
+        patients = self.patient_of_image[order]
+        size = max(1, CELLS // len(order))
+        for first in range(0, len(self.counts), size):
+            yield self.counts[first : first + size][:, patients]
 
     def patient_sums(self, values: np.ndarray) -> np.ndarray:
         """Return the sums over each patient's images, (P, ...), of values (N, ...)."""
@@ -126,62 +131,83 @@ def draw_macro_auroc(predictions: Predictions, draws: Draws) -> np.ndarray:
     """Return the macro AUROC of each draw, (R,); NaN for draws that lack a grade."""
     aurocs = []
     for grade in range(GRADES):
-        ranks = dense_ranks(predictions.probabilities[:, grade])
-        truth = predictions.grades == grade
-        aurocs.append([weighted_auroc(ranks, truth, weight) for weight in draws.image_weights()])
+        share = predictions.probabilities[:, grade]
+        aurocs.append(draw_by_score(share, predictions.grades == grade, draws, auroc_by_score))
     return np.mean(aurocs, axis=0)
 
 
 def draw_referable_auroc(predictions: Predictions, draws: Draws) -> np.ndarray:
     """Return the AUROC of referable DR of each draw, (R,); NaN for draws of one side alone."""
-    ranks = dense_ranks(predictions.referable_score)
-    truth = predictions.referable
-    return np.array([weighted_auroc(ranks, truth, weight) for weight in draws.image_weights()])
+    score = predictions.referable_score
+    return draw_by_score(score, predictions.referable, draws, auroc_by_score)
 
 
 def draw_referable_ap(predictions: Predictions, draws: Draws) -> np.ndarray:
     """Return the average precision of referable DR of each draw; NaN for draws of one side."""
-    ranks = dense_ranks(predictions.referable_score)
-    truth = predictions.referable
-    return np.array([weighted_ap(ranks, truth, weight) for weight in draws.image_weights()])
+    score = predictions.referable_score
+    return draw_by_score(score, predictions.referable, draws, ap_by_score)
 
 
-def dense_ranks(score: np.ndarray) -> np.ndarray:
-    """Return the place of each score (N,) among the distinct ones, from 0 for the lowest."""
-    return np.unique(score, return_inverse=True)[1]
+@dataclass(frozen=True)
+class ByScore:
+    """What B draws hold of each of the S distinct scores that positives have, rising."""
+
+    positive: np.ndarray  # (B, S), positives with the score
+    lower: np.ndarray  # (B, S), images with a lower score
+    upto: np.ndarray  # (B, S), images with the score or a lower one
+    images: np.ndarray  # (B, 1)
 
 
-def weighted_auroc(ranks: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> float:
-    """Return the AUROC of weighted samples from their scores' dense ranks.
+def draw_by_score(
+    score: np.ndarray, truth: np.ndarray, draws: Draws, metric: Callable[[ByScore], np.ndarray]
+) -> np.ndarray:
+    """Return a metric of scores (N,) against truth (N,) bool in each draw, (R,).
 
-    `ranks` (N,) int, `truth` (N,) bool, `weight` (N,) non-negative; NaN if a side has no weight.
+    The scores are sorted once, since draws only weigh images. At least one image is positive.
     """
-    positive = np.bincount(ranks, weight * truth)
-    negative = np.bincount(ranks, weight * ~truth)
-    pairs = positive.sum() * negative.sum()
-    if not pairs:
-        return float("nan")
+    order = np.argsort(score, kind="stable")
+    rising = score[order]
+    (places,) = np.nonzero(truth[order])  # of the positives
+    scores, firsts = np.unique(rising[places], return_index=True)
+    begins = np.searchsorted(rising, scores, side="left")
+    ends = np.searchsorted(rising, scores, side="right")
+    values = []
+    for counts in draws.image_counts(order):
+        before = np.zeros((len(counts), len(order) + 1), np.int32)
+        np.cumsum(counts, axis=1, out=before[:, 1:])
+        positive = np.add.reduceat(counts[:, places], firsts, axis=1, dtype=np.int64)
+        held = ByScore(positive, before[:, begins], before[:, ends], before[:, -1:])
+        values.append(metric(held))
+    return np.concatenate(values)
+
+
+def auroc_by_score(held: ByScore) -> np.ndarray:
+    """Return the AUROC (B,) of draws; NaN where a side is empty."""
+    upto = np.cumsum(held.positive, axis=1)
+    positives = upto[:, -1]
+    pairs = positives * (held.images[:, 0] - positives)
     # The AUROC is the share of pairs in which the positive has the higher score; a tie counts half.
-    below = np.cumsum(negative) - negative / 2
-    return float(positive @ below / pairs)
+    below = held.lower - (upto - held.positive)
+    tied = held.upto - held.lower - held.positive
+    with np.errstate(invalid="ignore"):
+        return (held.positive * (below + tied / 2)).sum(axis=1) / pairs
 
 
-def weighted_ap(ranks: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> float:
-    """Return the average precision of weighted samples from their scores' dense ranks.
+def ap_by_score(held: ByScore) -> np.ndarray:
+    """Return the average precision (B,) of draws; NaN where a side is empty.
 
-    Arguments as of weighted_auroc. The mean over positives of the precision at their own score, as
-    scikit-learn's average_precision_score; NaN if a side has no weight.
+    It is the mean over positives of the precision at their own score, as scikit-learn's
+    average_precision_score.
     """
-    positive = np.bincount(ranks, weight * truth)[::-1]  # from the highest score down
-    every = np.bincount(ranks, weight)[::-1]
-    total = positive.sum()
-    if not total or total == every.sum():
-        return float("nan")
-    found = np.cumsum(positive)
-    named = np.cumsum(every)
-    # Before the first score that is drawn, nothing is found among nothing.
+    positives = held.positive.sum(axis=1)
+    is_one_sided = (positives == 0) | (positives == held.images[:, 0])
+    found = np.cumsum(held.positive[:, ::-1], axis=1)[:, ::-1]  # with the score or a higher one
+    named = held.images - held.lower
+    # Where no such image is drawn, nothing is found either, and nothing is weighed.
     precision = found / np.maximum(named, 1)
-    return float(positive @ precision / total)
+    with np.errstate(invalid="ignore"):
+        value = (held.positive * precision).sum(axis=1) / positives
+    return np.where(is_one_sided, np.nan, value)
 
 
 # ------------------------------------------------------------------------- from sums over patients

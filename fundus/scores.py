@@ -295,6 +295,7 @@ METRICS: tuple[Metric | OperatingPoint, ...] = (
         qwk,
         from_confusion=fast.confusion_qwk,
         why_undefined=reason_without_two_grades,
+        strata=both_sides,  # its variance is that of the few with referable DR
     ),
     Metric(
         "macro_f1",
