@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fundus.lesions import Lesions, widen
-from fundus.metrics import draw_patients
+from fundus.draws import draw_patients
 
 MEASURES = ("lift", "pointing", "ap")
 

@@ -7,7 +7,6 @@ Shapes: N images, G grades. Referable DR is grade 2 and above.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,6 @@ __all__ = [
     "evaluate",
     "majority",
     "patient_level",
-    "plot_confusion",
     "plain_values",
     "point_values",
     "print_summary",
@@ -79,13 +77,15 @@ def plain_values(
 def majority(train_grades: np.ndarray, grades: np.ndarray) -> dict[str, Any]:
     """Return what always answering train's most frequent grade scores on the test `grades`.
 
-    The answer is given with probability 1. None where a metric has no value for it.
+    Its probabilities are the grades' shares in train, for which no features are needed: the
+    log-loss to beat. None where a metric has no value for it.
     """
-    grade = int(np.bincount(train_grades, minlength=GRADES).argmax())
+    counts = np.bincount(train_grades, minlength=GRADES)
+    grade = int(counts.argmax())
     constant = Predictions(
         grades,
         predicted=np.full_like(grades, grade),
-        probabilities=np.tile(np.eye(GRADES)[grade], (len(grades), 1)),
+        probabilities=np.tile(counts / counts.sum(), (len(grades), 1)),
         patients=np.arange(len(grades)).astype(str),
     )
     line: dict[str, Any] = {"grade": grade}
@@ -198,21 +198,3 @@ def _shorten(reason: str) -> str:
     if len(reason) <= REASON:
         return reason
     return reason[: REASON - 3].rstrip() + "..."
-
-
-def plot_confusion(confusion: list[list[int]], path: Path) -> None:
-    """Draw a confusion matrix as PNG: counts, shaded by the share of their row."""
-    from matplotlib.figure import Figure
-
-    table = np.array(confusion)
-    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    figure = Figure(figsize=(4.2, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="predicted grade", ylabel="grade")
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(table.shape):
-        color = "black"
-        if share[row, column] > 0.6:  # dark blue
-            color = "white"
-        axes.text(column, row, table[row, column], ha="center", va="center", color=color)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")

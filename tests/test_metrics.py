@@ -6,11 +6,9 @@ Run it with `python -m pytest tests/test_metrics.py`.
 import json
 import warnings
 
-import matplotlib.figure
 import numpy as np
 import pytest
 from drawn_predictions import draw_predictions, predictions_of, select
-from PIL import Image
 from sklearn import metrics as sk
 
 from fundus.intervals import evaluate
@@ -22,7 +20,6 @@ from fundus.metrics import (
     Predictions,
     majority,
     patient_level,
-    plot_confusion,
     point_values,
     print_summary,
     reliability,
@@ -381,8 +378,14 @@ def test_majority_answers_the_most_frequent_grade_of_train():
     assert line["referable_auroc"] == 0.5
     assert line["referable_ap"] == pytest.approx(2 / 5)
     assert line["sensitivity_at_90_specificity"] is None
-    assert line["brier"] == pytest.approx(2 * 4 / 5)
-    assert line["ece"] == pytest.approx(4 / 5)
+    # The probabilities are train's shares, 2, 3, 0, 0 and 1 of 6; grades 2 and 3 never come true.
+    shares = np.array([2, 3, 0, 0, 1]) / 6
+    squares = (shares**2).sum() + 1 - 2 * shares[[0, 0, 1, 2, 3]]
+    assert line["brier"] == pytest.approx(squares.mean())
+    assert line["ece"] == pytest.approx(3 / 6 - 1 / 5)
+    truth = [0, 0, 1, 2, 3]
+    expected = sk.log_loss(truth, np.tile(shares, (5, 1)), labels=range(GRADES))
+    assert line["log_loss"] == pytest.approx(expected)
     assert (line["recall_0"], line["recall_1"], line["recall_4"]) == (0, 1, None)
 
 
@@ -504,29 +507,3 @@ def test_a_metric_may_be_defined_where_the_majority_lines_is_not():
     assert summary["majority"]["qwk"] is None
     line = [line for line in summary_lines(summary) if line.startswith("QWK")][0]
     assert line.split()[1:4] == ["0.000", "-", "-"]
-
-
-def test_confusion_plot_shows_the_counts(tmp_path, monkeypatch):
-    figures = []
-    save = matplotlib.figure.Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    table = np.arange(GRADES**2).reshape(GRADES, GRADES)
-    plot_confusion(table.tolist(), tmp_path / "confusion.png")
-
-    (axes,) = figures[0].axes
-    assert axes.get_xlabel() == "predicted grade"
-    assert axes.get_ylabel() == "grade"
-    assert len(axes.texts) == GRADES**2
-    for text in axes.texts:
-        column, row = text.get_position()
-        assert text.get_text() == str(table[round(row), round(column)])
-    shares = np.asarray(axes.images[0].get_array())
-    assert shares.sum(axis=1) == pytest.approx(np.ones(GRADES))
-    with Image.open(tmp_path / "confusion.png") as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 300
