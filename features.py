@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from augment import PaperView, WholeView
 from data import READABLE, PhotographDataset, View, evaluation_loader, grades_of
-from fundus import metrics
+from fundus import handmade, metrics
 from fundus.copies import signature
 from fundus.manifest import GRADES, Manifest, Record
 from utils import InputError, log, sha256_of, write_atomic
@@ -126,6 +126,29 @@ def sign(photograph: Tensor, _key: tuple[int, ...]) -> dict[str, Tensor]:
     """Return a photograph's (3, h, w) signature alone, `look` (4096,) int8 (copies.signature)."""
     look = signature(photograph.permute(1, 2, 0).numpy())
     return {"look": torch.from_numpy(look.ravel())}
+
+
+class HandmadeView:
+    """A view that gives a photograph's hand-made statistics, `handmade` (F,), and `look`."""
+
+    def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
+        picture = WholeView(handmade.SIDE)(photograph, key)["image"].permute(1, 2, 0).numpy()
+        statistics = torch.from_numpy(handmade.handmade_features(picture))
+        return {"handmade": statistics} | sign(photograph, key)
+
+
+def extract_handmade(manifest: Manifest, records: list[Record], workers: int) -> dict[str, Tensor]:
+    """Return the records' hand-made statistics `handmade` (N, F) fp32, and `look` (N, 4096)."""
+    dataset = PhotographDataset(manifest, records, HandmadeView())
+    total = math.ceil(len(dataset) / BATCH)
+    parts = defaultdict(list)
+    batches = evaluation_loader(dataset, BATCH, workers)
+    for batch in tqdm(batches, desc="statistics", total=total, disable=None):
+        for name in ("handmade", "look"):
+            parts[name].append(batch[name])
+    features = {name: torch.cat(pieces) for name, pieces in parts.items()}
+    check_finite(features, records)
+    return features
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsClassifier
@@ -18,7 +19,7 @@ import eval_linear
 import utils
 from augment import PaperView, WholeView
 from data import PhotographDataset, grades_of
-from eval_knn import Options, evaluate, main
+from eval_knn import Options, main, predict, score_each_k, spread_over_grades
 from features import extract_features, knn_predict
 from fundus.manifest import GRADES, Record
 from utils import InputError
@@ -71,31 +72,36 @@ def test_test_data_without_a_folder_is_refused():
 # ----------------------------------------------------------------------------------------- metrics
 
 
-def test_every_k_has_its_metrics_and_the_headline_its_predictions():
+def test_every_k_has_its_metrics():
     truth = [0, 1, 2, 3, 4, 0]
     records = records_of(truth, list("aabbcc"))
     right = torch.eye(GRADES)[truth]
     always_0 = torch.eye(GRADES)[[0] * 6]
-    predictions, by_k = evaluate({15: right, 5: always_0}, records, 5)
+    by_k = score_each_k({15: right, 5: always_0}, records)
     assert [row["k"] for row in by_k] == [15, 5]
     assert by_k[0]["accuracy"] == by_k[0]["qwk"] == by_k[0]["macro_auroc"] == 1
     assert by_k[1]["accuracy"] == pytest.approx(1 / 3)
     assert by_k[1]["qwk"] == pytest.approx(0)
 
-    assert predictions.predicted.tolist() == [0] * 6, "the headline is k = 5 here"
+    predictions = predict(right, records)
+    assert predictions.predicted.tolist() == truth
     assert predictions.grades.tolist() == truth
     assert predictions.patients.tolist() == list("aabbcc")
-    assert np.array_equal(predictions.probabilities, always_0.numpy())
-    predictions, _ = evaluate({15: right, 5: always_0}, records, 15)
-    assert predictions.predicted.tolist() == truth
+    assert np.array_equal(predictions.probabilities, right.numpy())
 
 
 def test_undefined_metrics_of_a_k_are_none():
     votes = torch.eye(GRADES)[[1, 1]]
-    _, (row,) = evaluate({5: votes}, records_of([1, 1]), 5)
+    (row,) = score_each_k({5: votes}, records_of([1, 1]))
     assert row["accuracy"] == 1
     assert row["qwk"] is None and row["recall_4"] is None
     json.dumps(row, allow_nan=False)
+
+
+def test_neighbours_are_drawn_of_every_grade_in_turn():
+    records = records_of([0, 0, 0, 0, 2, 2, 4])
+    assert spread_over_grades(records, 5) == [0, 4, 6, 1, 5]
+    assert sorted(spread_over_grades(records, 20)) == list(range(7))
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -116,6 +122,7 @@ def run(tmp_path_factory):
 def options_of(run, **changed):
     folder, _ = run
     values = {"pretrained": str(folder), "device": "cpu", "precision": "fp32", "workers": 0}
+    values["pictures"] = False
     return Options(**{**values, **changed})
 
 
@@ -202,6 +209,48 @@ def test_any_vit_of_timm_votes_as_timms_own_features(
     assert expected.std(axis=0).max() > 0.1, "photographs differ"
 
 
+def test_operating_points_come_from_val(run, tmp_path):
+    """The threshold is chosen on val's votes, and counted on the test split's."""
+    _, manifest = run
+    main(options_of(run, k=(9,), output_dir=str(tmp_path)), None)
+    train = manifest.split("train")
+    bank = embeddings_of(manifest, train, WholeView(32))
+    scores = {}
+    for split in ("val", "test"):
+        queries = embeddings_of(manifest, manifest.split(split), WholeView(32))
+        votes = knn_predict(bank, torch.from_numpy(grades_of(train)), queries, [9])[9]
+        scores[split] = votes[:, 2:].sum(dim=1).numpy()
+    entry = read_results(tmp_path)["metrics"]["sensitivity_at_90_specificity"]
+    on_val = scores["val"][grades_of(manifest.split("val")) < 2]
+    assert (on_val < entry["threshold"]).mean() >= 0.9
+    referable = grades_of(manifest.split("test")) >= 2
+    assert entry["value"] == pytest.approx((scores["test"][referable] >= entry["threshold"]).mean())
+    assert entry["achieved"] == pytest.approx(
+        (scores["test"][~referable] < entry["threshold"]).mean()
+    )
+
+
+def test_pictures_lie_beside_the_numbers(run, tmp_path):
+    main(options_of(run, k=(1, 9), output_dir=str(tmp_path), pictures=True), None)
+    for name in ("confusion", "roc", "reliability", "k", "neighbours", "embedding"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 200, name
+    header = (tmp_path / "doubtful.csv").read_text().splitlines()[0]
+    assert header == "path,patient,grade,likely,confidence,share"
+
+
+def test_a_feature_that_is_not_finite_is_not_graded(run, tmp_path):
+    folder, manifest = run
+    backbone = helpers.pico()
+    with torch.no_grad():
+        backbone.vit.norm.bias[0] = torch.nan
+    save_backbone(backbone, tmp_path / "nan.safetensors", {})
+    asked = {"pretrained": str(tmp_path / "nan.safetensors"), "data": str(manifest.root)}
+    with pytest.raises(InputError, match=r"images/train0.png: its features \(cls\) are not finite"):
+        main(options_of(run, **asked, k=(3,), output_dir=str(tmp_path / "out")), None)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_the_papers_protocol_lets_val_vote(run):
     folder, manifest = run
     main(options_of(run, k=(1, 50), protocol="paper"), None)
@@ -224,7 +273,7 @@ def test_the_papers_protocol_lets_val_vote(run):
 
 
 def test_too_many_neighbours_are_refused_before_any_work(run, monkeypatch):
-    monkeypatch.setattr("eval_knn.cached_features", None)
+    monkeypatch.setattr("evaluation.extract_features", None)
     with pytest.raises(InputError, match="--k 41: there are 40 .* expected 1 to that"):
         main(options_of(run, k=(3, 41)), None)
 
@@ -306,5 +355,5 @@ def test_results_of_the_linear_probe_are_not_replaced(run, tmp_path):
     here = {"output_dir": str(tmp_path / "out"), "pretrained": str(folder), "device": "cpu"}
     probe = eval_linear.Options(**here, epochs=1, workers=0, precision="fp32")
     eval_linear.main(probe, None)
-    with pytest.raises(InputError, match="another protocol"):
+    with pytest.raises(InputError, match=r"other settings \(k None, now \[3\]"):
         main(options_of(run, k=(3,), output_dir=here["output_dir"]), None)

@@ -22,19 +22,24 @@ from data import PhotographDataset, grades_of, patients_of
 from evaluation import (
     Evaluation,
     GradedSet,
+    Outcome,
     cached_features,
     check_results,
+    check_unseen,
     choose_image_size,
-    describe_data,
+    evaluate_all,
     open_evaluation,
     open_test_sets,
     open_weights,
     training_records,
+    validation_records,
     write_results,
 )
-from features import extract_features
+from features import extract_features, sign_photographs
 from fundus.manifest import GRADES, Manifest, Record, read_manifest, write_manifest
 from fundus.metrics import Predictions
+from fundus.splits import fold_splits
+from fundus.tables import describe_data
 from utils import InputError, sha256_of
 from vision_transformer import BackboneSpec
 from weights import Weights, load_backbone, read_weights, save_backbone
@@ -55,6 +60,12 @@ class Options:
     workers: int = 0
     image_size: int = 0
     protocol: str = "whole"
+    seed: int = 0
+    test_data: tuple[str, ...] = ()
+    folds: bool = False
+    pictures: bool = True
+    allow_seen: bool = False
+    features: str = "backbone"
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +97,9 @@ def test_features_are_cached(tmp_path, manifest, extractions):
     assert len(extractions) == 1
     for name, values in first.items():
         assert torch.equal(values, again[name])
+    assert first["look"].shape == (10, 4096), "by which copies are found"
+    (name,) = cached_features(opened, manifest, records, WholeView(32), names=("cls",))
+    assert name == "cls"
 
     beside = helpers.evaluation(Options(), manifest, tmp_path / "linear")
     cached_features(beside, manifest, records, WholeView(32))
@@ -268,8 +282,10 @@ def test_weights_of_no_run_need_data(tmp_path, manifest):
 def test_the_published_protocol_learns_from_val_too(tmp_path, manifest):
     whole = helpers.evaluation(Options(), manifest, tmp_path)
     assert training_records(whole) == manifest.split("train")
+    assert validation_records(whole) == manifest.split("val")
     paper = helpers.evaluation(Options(protocol="paper"), manifest, tmp_path)
     assert training_records(paper) == manifest.split("train") + manifest.split("val")
+    assert validation_records(paper) == []
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -284,7 +300,16 @@ def write_random_results(output, manifest, records):
     opened = helpers.evaluation(Options(), manifest, output)
     test_set = GradedSet("", manifest, records)
     train_grades = grades_of(manifest.split("train"))
-    write_results(opened, "15-NN", test_set, predictions, train_grades, {"by_k": []})
+    outcome = Outcome(
+        test_set,
+        predictions,
+        train_grades,
+        validation=predictions,
+        validation_records=records,
+        thresholded=(np.array([0.5, 1.5, 2.5, 3.5]), predictions.predicted[::-1]),
+        details={"by_k": []},
+    )
+    write_results(opened, "15-NN", outcome, seen=["a.png = b.png"])
     results = json.loads((output / "results.json").read_text())
     with (output / "predictions.csv").open(newline="") as file:
         return results, list(csv.DictReader(file)), predictions
@@ -292,8 +317,17 @@ def write_random_results(output, manifest, records):
 
 def test_results_json_says_what_was_evaluated(tmp_path, manifest, capsys):
     results, _, predictions = write_random_results(tmp_path, manifest, manifest.split("test"))
-    keys = "protocol data majority metrics confusion by_k backbone versions command"
-    assert list(results) == keys.split()
+    keys = "protocol settings data majority metrics patients thresholded confusion reliability"
+    assert list(results) == f"{keys} validation by_k seen backbone versions command".split()
+    assert results["settings"] == {
+        "image_size": 32,
+        "precision": "float32",
+        "protocol": "whole",
+        "seed": 0,
+        "folds": False,
+        "features": "backbone",
+    }
+    assert results["seen"] == {"allowed": True, "photographs": ["a.png = b.png"]}
     assert results["backbone"] == {
         "path": "pico0.pth",
         "sha256": "sha-0",
@@ -306,25 +340,29 @@ def test_results_json_says_what_was_evaluated(tmp_path, manifest, capsys):
     assert results["majority"]["accuracy"] == pytest.approx(0.2)
     right = np.mean(predictions.grades == predictions.predicted)
     assert results["metrics"]["accuracy"]["value"] == pytest.approx(right)
-    assert len(results["metrics"]["accuracy"]["ci95"]) == 2
+    assert results["metrics"]["accuracy"]["ci95"] is None, "of five patients"
+    assert "5 patients" in results["metrics"]["accuracy"]["no_interval"]
     assert np.trace(results["confusion"]) == right * 10
     printed = capsys.readouterr().out
     assert f"\n15-NN, 10 test photographs, {tmp_path}\n" in printed
     assert f"{right:.3f}" in printed
-    with Image.open(tmp_path / "confusion.png") as picture:
-        assert picture.format == "PNG"
+    for name in ("confusion", "roc", "reliability"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.format == "PNG"
 
 
 def test_predictions_csv_holds_every_prediction(tmp_path, manifest):
     records = manifest.split("test")
     _, rows, predictions = write_random_results(tmp_path, manifest, records)
-    assert ",".join(rows[0]) == "path,patient,eye,grade,prediction,p0,p1,p2,p3,p4"
+    assert ",".join(rows[0]) == "path,patient,eye,grade,prediction,p0,p1,p2,p3,p4,thresholded"
+    read = [int(row["thresholded"]) for row in rows]
+    assert read == predictions.predicted[::-1].tolist()
     for row, record, shares in zip(rows, records, predictions.probabilities, strict=True):
         assert (row["path"], row["patient"]) == (record.path, record.patient)
         assert (row["eye"], int(row["grade"])) == (record.eye, record.grade)
         assert int(row["prediction"]) == shares.argmax()
         written = [float(row[f"p{grade}"]) for grade in range(GRADES)]
-        assert written == pytest.approx(shares, rel=1e-8)
+        assert written == shares.tolist(), "to the last bit"
 
 
 def test_predictions_keep_commas_and_quotes_in_names(tmp_path, manifest):
@@ -341,7 +379,6 @@ def test_results_of_something_else_are_not_replaced(tmp_path, manifest):
     opened = helpers.evaluation(Options(), manifest, tmp_path)
     own = GradedSet("", manifest, manifest.split("test"))
     check_results(opened, [own], "15-NN")
-    check_results(opened, [own], "5-NN")  # another headline is the same evaluation
     check_results(opened, [replace(own, name="elsewhere")], "linear probe")
 
     other = helpers.regraded(manifest, "test", 4)
@@ -352,12 +389,18 @@ def test_results_of_something_else_are_not_replaced(tmp_path, manifest):
         (with_weights(opened, spec=BackboneSpec("vit_nano", 16, 32)), own, "15-NN"),
         (replace(opened, manifest=other), replace(own, manifest=other), "15-NN"),
         (opened, replace(own, manifest=other), "15-NN"),
+        (replace(opened, image_size=64), own, "15-NN"),
+        (replace(opened, options=Options(seed=1)), own, "15-NN"),
     ]
     for changed, test_set, protocol in changes:
         with pytest.raises(InputError, match=r"results\.json: .*--overwrite"):
             check_results(changed, [test_set], protocol)
         insisting = replace(changed, options=Options(overwrite=True))
         check_results(insisting, [test_set], protocol)
+    moved = replace(opened, options=Options(workers=3, device="cuda", pictures=False))
+    check_results(moved, [own], "15-NN")  # none of these changes a number
+    with pytest.raises(InputError, match=r"other settings \(seed 0, now 7\)"):
+        check_results(replace(opened, options=Options(seed=7)), [own], "15-NN")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"backbone": 1}', '"text"'])
@@ -375,7 +418,7 @@ def test_the_data_are_described_by_their_counts(prepared):
     manifest = read_manifest(prepared)
     ungraded = replace(manifest.split("test")[0], grade=None)
     other = replace(manifest, root=Path("other"), records=(ungraded,))
-    own = describe_data(manifest, GradedSet("", manifest, manifest.split("test")))
+    own = describe_data(manifest, manifest, manifest.split("test"))
     assert list(own) == ["path", "fingerprint", "train", "val", "test"]
     assert own["path"] == prepared.name
     assert own["fingerprint"] == manifest.fingerprint
@@ -383,7 +426,7 @@ def test_the_data_are_described_by_their_counts(prepared):
     assert own["test"] == {"images": 10, "patients": 5, "by_grade": [2] * GRADES}
     assert own["val"] == own["test"]
 
-    further = describe_data(manifest, GradedSet("other", other, [ungraded]))
+    further = describe_data(manifest, other, [ungraded])
     assert further["test_path"] == "other"
     assert further["test_fingerprint"] == other.fingerprint
     assert further["train"] == own["train"]
@@ -417,28 +460,81 @@ def test_another_set_is_tested_on_whole(prepared, tmp_path):
     assert len(further.records) == 6
 
 
-def test_sets_that_share_files_with_training_are_refused(prepared, tmp_path):
+def learnt(opened):
+    return [training_records(opened), validation_records(opened)]
+
+
+def test_photographs_that_a_method_learns_from_are_not_tested_on(prepared, tmp_path, extractions):
     manifest = read_manifest(prepared)
+    opened = helpers.evaluation(Options(), manifest, tmp_path / "knn")
     tested = copy_set(tmp_path / "tested", prepared, manifest.split("test"))
-    _, further = open_test_sets(manifest, [str(tested)])
-    assert len(further.records) == 10
+    sets = open_test_sets(manifest, [str(tested)])
+    assert check_unseen(opened, sets, learnt(opened)) == {"": [], "tested": []}
+
+    extractions.clear()
     mixed = copy_set(tmp_path / "mixed", prepared, manifest.records[39:])
-    with pytest.raises(InputError, match="mixed: 11 photographs"):
-        open_test_sets(manifest, [str(mixed)])
+    sets = open_test_sets(manifest, [str(mixed)])
+    with pytest.raises(InputError, match=r"mixed: 11 .* = .*, \.\.\.; .*--allow-seen"):
+        check_unseen(opened, sets, learnt(opened))
+    assert not extractions, "equal files are found before any work"
+    allowed = replace(opened, options=Options(allow_seen=True))
+    shared = check_unseen(allowed, sets, learnt(opened))
+    assert shared[""] == []
+    assert len(shared["mixed"]) == 11
+    assert all(pair.split(" = ")[0] == pair.split(" = ")[1] for pair in shared["mixed"])
 
 
-def test_shared_files_are_found_where_the_manifest_has_no_checksums(prepared, tmp_path):
+def test_equal_files_are_found_where_the_manifest_has_no_checksums(prepared, tmp_path):
     manifest = read_manifest(prepared)
     bare = tuple(replace(record, sha256="") for record in manifest.records)
     mixed = copy_set(tmp_path / "mixed", prepared, bare)
-    with pytest.raises(InputError, match="mixed"):
-        open_test_sets(replace(manifest, records=bare), [str(mixed)])
+    opened = helpers.evaluation(Options(), replace(manifest, records=bare), tmp_path / "knn")
+    with pytest.raises(InputError, match="mixed: 50 of its photographs"):
+        check_unseen(opened, open_test_sets(opened.manifest, [str(mixed)]), learnt(opened))
 
 
-def test_drawn_sets_that_overlap_are_refused():
-    drawn = data.open_manifest("synthetic:12")
-    with pytest.raises(InputError, match="synthetic:12"):
-        open_test_sets(drawn, ["synthetic:12"])
+@pytest.fixture
+def drawn_run(tmp_path):
+    """A run that remembers its training photographs, drawn ones, and their prepared folder."""
+    drawn = data.open_manifest("synthetic:24")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 0\n")
+    save_backbone(helpers.pico(), run / "backbone.safetensors", {"data": str(drawn.root)})
+    sign_photographs(drawn, drawn.split("train"), workers=0).save(run / "seen.npz")
+    return run, drawn
+
+
+def test_changed_copies_of_what_the_run_saw_are_found_without_its_data(drawn_run, tmp_path):
+    """Compressed and made smaller, under another name, in a set with labels of its own."""
+    run, drawn = drawn_run
+    folder = tmp_path / "clinic"
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for number, record in enumerate([*drawn.split("test")[:4], *drawn.split("train")[:3]]):
+        split = ("train", "val", "test", "test", "test", "test", "test")[number]
+        path = f"images/{number}.jpg"
+        with Image.open(drawn.root / record.path) as picture:
+            smaller = picture.resize((200, 200), Image.Resampling.LANCZOS)
+        smaller.save(folder / path, quality=60)
+        checksum = sha256_of(folder / path)
+        records.append(Record(path, record.grade, f"p{number}", "", split, sha256=checksum))
+    write_manifest(folder, records)
+    (folder / "data_report.json").write_text("{}")
+    opened = open_evaluation(Options(pretrained=str(run), data=str(folder)), "knn")
+    sets = open_test_sets(opened.manifest, [])
+    with pytest.raises(InputError, match=r"test split: 3 .*images/4.jpg = .*images/5.jpg = "):
+        check_unseen(opened, sets, learnt(opened))
+    (run / "seen.npz").unlink()
+    assert check_unseen(opened, sets, learnt(opened)) == {"": []}
+
+
+def test_a_run_that_does_not_say_what_it_saw_is_warned_of(drawn_run, caplog):
+    run, drawn = drawn_run
+    (run / "seen.npz").unlink()
+    opened = open_evaluation(Options(pretrained=str(run), data=str(drawn.root)), "knn")
+    check_unseen(opened, open_test_sets(drawn, []), learnt(opened))
+    assert "has no seen.npz" in caplog.text
 
 
 def test_sets_of_one_name_do_not_replace_each_other(prepared, tmp_path):
@@ -456,3 +552,81 @@ def test_an_empty_manifest_has_no_grades(tmp_path):
     record = Record("a.jpg", None, "p", "", "train")
     with pytest.raises(InputError, match="no graded photograph for test"):
         open_test_sets(Manifest(tmp_path, (record,), True, "prepared"), [])
+
+
+# ------------------------------------------------------------------------------------------ folds
+
+
+def by_color(evaluation, training, validation, sets):
+    """A method: the grade of the training photograph of the nearest colour, nearly surely."""
+    outcomes = []
+    for test_set in sets:
+        view = evaluation.view
+        colors = cached_features(evaluation, evaluation.manifest, training, view)["color"]
+        asked = cached_features(evaluation, test_set.manifest, test_set.records, view)["color"]
+        nearest = torch.cdist(asked, colors).argmin(dim=1)
+        shares = np.eye(GRADES)[grades_of(training)[nearest]] * 0.9 + 0.02
+        predictions = Predictions(
+            grades_of(test_set.records),
+            shares.argmax(axis=1),
+            shares,
+            patients_of(test_set.records),
+        )
+        outcomes.append(Outcome(test_set, predictions, grades_of(training)))
+    return outcomes
+
+
+def test_folds_test_every_photograph_once_from_one_cache(tmp_path, extractions, capsys):
+    manifest = helpers.draw_prepared(tmp_path / "set", train=20, val=10, test=10)
+    for number, records in enumerate(fold_splits(manifest.records, 4), 1):
+        write_manifest(manifest.root, records, f"manifest-fold-{number}.csv")
+    options = Options(folds=True, pictures=False)
+    opened = helpers.evaluation(options, manifest, tmp_path / "run" / "color-folds")
+    evaluate_all(opened, "colour", by_color)
+    assert len(extractions) == 1
+
+    together = json.loads((opened.output / "results.json").read_text())
+    with (opened.output / "predictions.csv").open(newline="") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {record.path for record in manifest.records}
+    assert together["protocol"] == "colour, folds by patient"
+    right = np.mean([row["grade"] == row["prediction"] for row in rows.values()])
+    assert together["metrics"]["accuracy"]["value"] == pytest.approx(right)
+    assert right > 0.8
+
+    assert [row["fold"] for row in together["by_fold"]] == [1, 2, 3, 4]
+    for row in together["by_fold"]:
+        folder = opened.output / f"fold-{row['fold']}"
+        own = json.loads((folder / "results.json").read_text())
+        assert own["metrics"]["accuracy"]["value"] == row["accuracy"]
+        fold = read_manifest(manifest.root, f"manifest-fold-{row['fold']}.csv")
+        with (folder / "predictions.csv").open(newline="") as file:
+            for line in csv.DictReader(file):
+                assert line == rows[line["path"]]
+        assert own["data"]["test"]["images"] == row["images"] == len(fold.split("test"))
+
+    evaluate_all(opened, "colour", by_color)  # the same again
+    with pytest.raises(InputError, match="other settings"):
+        evaluate_all(replace(opened, options=replace(options, seed=1)), "colour", by_color)
+
+
+def test_a_folder_without_folds_is_refused(tmp_path, manifest):
+    opened = helpers.evaluation(Options(folds=True), manifest, tmp_path)
+    with pytest.raises(InputError, match=r"no manifest-fold-1.csv.*--folds 5"):
+        evaluate_all(opened, "colour", by_color)
+
+
+def test_several_test_sets_come_in_one_table(prepared, tmp_path, capsys):
+    manifest = read_manifest(prepared)
+    others = []
+    for name, count in (("one", 12), ("two", 20)):
+        records = manifest.records[:count]
+        others.append(str(copy_set(tmp_path / name, prepared, records, tint=255)))
+    options = Options(pictures=False, test_data=tuple(others))
+    opened = helpers.evaluation(options, manifest, tmp_path / "run" / "color")
+    evaluate_all(opened, "colour", by_color)
+    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert [line.split()[0] for line in table] == ["QWK", "test", "one", "two"]
+    for line, folder in zip(table[1:], ("", "one", "two"), strict=True):
+        results = json.loads((opened.output / folder / "results.json").read_text())
+        assert f"{results['metrics']['qwk']['value']:.3f}" in line

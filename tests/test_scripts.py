@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from conftest import child_environment
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn import metrics as sk
 
 from fundus.manifest import GRADES
 from fundus.synthetic import DrawnEye, draw_photograph
@@ -99,6 +101,76 @@ def test_training(checkout):
     assert len(first["data"]) == 64
 
 
+def recomputed(name, entry, truth, predicted, shares):
+    """Return a metric as a reader of predictions.csv computes it with scikit-learn."""
+    present = sorted(set(truth.tolist()))
+    referable = truth >= 2
+    score = shares[:, 2] + shares[:, 3] + shares[:, 4]
+    common = {"labels": present, "average": "macro", "zero_division": 0}
+    if name.startswith("recall_"):
+        grade = int(name[-1])
+        return sk.recall_score(truth, predicted, labels=[grade], average=None)[0]
+    if name.startswith("sensitivity_at"):
+        return (score[referable] >= entry["threshold"]).mean()
+    if name.startswith("specificity_at"):
+        return (score[~referable] < entry["threshold"]).mean()
+    ways = {
+        "accuracy": lambda: sk.accuracy_score(truth, predicted),
+        "balanced_accuracy": lambda: sk.balanced_accuracy_score(truth, predicted),
+        "qwk": lambda: sk.cohen_kappa_score(truth, predicted, weights="quadratic"),
+        "macro_f1": lambda: sk.f1_score(truth, predicted, **common),
+        "macro_precision": lambda: sk.precision_score(truth, predicted, **common),
+        "macro_auroc": lambda: sk.roc_auc_score(truth, shares, multi_class="ovr"),
+        "referable_auroc": lambda: sk.roc_auc_score(referable, score),
+        "referable_ap": lambda: sk.average_precision_score(referable, score),
+        "log_loss": lambda: sk.log_loss(truth, shares, labels=range(GRADES)),
+        "brier": lambda: GRADES * sk.mean_squared_error(np.eye(GRADES)[truth], shares),
+        "ece": lambda: calibration_error(shares.max(axis=1), truth == shares.argmax(axis=1)),
+    }
+    return ways[name]()
+
+
+def calibration_error(confidence, right):
+    """Return the mean gap between confidence and accuracy over 15 equal bins, by photographs."""
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gap = 0.0
+    for number in range(15):
+        inside = bins == number
+        if inside.any():
+            gap += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    return gap
+
+
+def check_entry(name, entry, recompute):
+    """Fail unless a value is the recomputed one to 1e-9, or says why it is none."""
+    if entry["value"] is None:
+        assert entry["reason"], name
+        return
+    assert entry["value"] == pytest.approx(recompute(), abs=1e-9), name
+    if entry["ci95"] is None:
+        assert entry["no_interval"], name
+    else:
+        assert entry["ci95"][0] <= entry["value"] <= entry["ci95"][1]
+
+
+def check_patients(entries, rows, truth, predicted, shares):
+    """Check the numbers by patient: the worst grade, prediction and score of each."""
+    score = shares[:, 2] + shares[:, 3] + shares[:, 4]
+    patients = np.array([row["patient"] for row in rows])
+    worst = []
+    for patient in sorted(set(patients)):
+        own = patients == patient
+        worst.append((truth[own].max(), predicted[own].max(), score[own].max()))
+    grades, answers, scores = (np.array(column) for column in zip(*worst, strict=True))
+    check_entry("accuracy", entries["accuracy"], lambda: (grades == answers).mean())
+    check_entry(
+        "qwk", entries["qwk"], lambda: sk.cohen_kappa_score(grades, answers, weights="quadratic")
+    )
+    check_entry(
+        "referable AUROC", entries["referable_auroc"], lambda: sk.roc_auc_score(grades >= 2, scores)
+    )
+
+
 def check_results(folder, run):
     """Check a results.json, its numbers by predictions.csv, and return it."""
     results = json.loads((folder / "results.json").read_text())
@@ -115,7 +187,10 @@ def check_results(folder, run):
 
     with (folder / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert ",".join(rows[0]) == "path,patient,eye,grade,prediction,p0,p1,p2,p3,p4"
+    columns = "path,patient,eye,grade,prediction,p0,p1,p2,p3,p4"
+    if "thresholded" in results:
+        columns += ",thresholded"
+    assert ",".join(rows[0]) == columns
     assert len(rows) == results["data"]["test"]["images"]
     truth = np.array([int(row["grade"]) for row in rows])
     predicted = np.array([int(row["prediction"]) for row in rows])
@@ -126,9 +201,13 @@ def check_results(folder, run):
     np.testing.assert_allclose(shares.sum(1), 1, atol=1e-4)
     assert (shares.argmax(1) == predicted).all()
 
-    accuracy = results["metrics"]["accuracy"]
-    assert accuracy["value"] == pytest.approx((truth == predicted).mean())
-    assert accuracy["ci95"][0] <= accuracy["value"] <= accuracy["ci95"][1]
+    for name, entry in results["metrics"].items():
+        check_entry(name, entry, partial(recomputed, name, entry, truth, predicted, shares))
+    if "thresholded" in results:
+        read = np.array([int(row["thresholded"]) for row in rows])
+        for name, entry in results["thresholded"]["metrics"].items():
+            check_entry(name, entry, partial(recomputed, name, entry, truth, read, shares))
+    check_patients(results["patients"], rows, truth, predicted, shares)
     confusion = np.zeros((GRADES, GRADES), int)
     np.add.at(confusion, (truth, predicted), 1)
     assert results["confusion"] == confusion.tolist()
@@ -155,7 +234,11 @@ def test_linear(checkout):
     run = checkout / "runs" / "demo"
     results = check_results(run / "linear", run)
     (chosen,) = [row for row in results["by_hyperparameter"] if row["chosen"]]
-    assert {"lr", "weight_decay", "epoch", "qwk"} <= chosen.keys()
+    assert {"weight_decay", "log_loss", "accuracy"} <= chosen.keys()
+    assert results["validation"]["log_loss"] <= chosen["log_loss"] + 1e-6, "calibrated"
+    for name in ("roc", "reliability", "embedding"):
+        with Image.open(run / "linear" / f"{name}.png") as picture:
+            assert min(picture.size) > 100
     assert set(load_file(run / "linear" / "head.safetensors")) == {"weight", "bias"}
 
 
@@ -249,8 +332,8 @@ def test_socket_guard_works(tmp_path):
         ("eval_knn.py", "SSRL.py"),
         ("eval_knn.py --pretrained absent.pth", "absent.pth"),
         ("eval_knn.py --pretrained empty.pth", "empty.pth"),
-        ("eval_linear.py --pretrained . --lr", "--lr"),
-        ("eval_linear.py --pretrained absent --batch-sise 3", "--batch-size"),
+        ("eval_linear.py --pretrained . --weight-decay", "--weight-decay"),
+        ("eval_linear.py --pretrained absent --epocs 3", "--epochs"),
         ("visualize_attention.py --image img.jpeg --threshold 60", "60"),
         ("visualize_attention.py --image absent.jpeg", "absent.jpeg"),
         ("visualize_attention.py", "--image"),
