@@ -21,6 +21,7 @@ demo: $(BIN)/installed
 	$(BIN)/python eval_knn.py --pretrained $(RUN)/checkpoint-0000.pth --k 15
 	$(BIN)/python eval_knn.py --pretrained $(RUN) --k 15
 	$(BIN)/python eval_linear.py --pretrained $(RUN) --features color
+	$(BIN)/python eval_linear.py --pretrained $(RUN) --features handmade
 	$(BIN)/python eval_linear.py --pretrained $(RUN)
 	$(BIN)/python visualize_attention.py --pretrained $(RUN) --image $(DRAWN)/p000[0-3]_left.jpg
 	$(BIN)/python -m tools.report --table $(RUN)
@@ -34,4 +35,5 @@ bench: $(BIN)/installed
 	$(BIN)/python -m benchmarks.bench_step --photographs "$(PHOTOGRAPHS)" --rounds 4
 	$(BIN)/python -m benchmarks.bench_train --photographs "$(PHOTOGRAPHS)"
 	$(BIN)/python -m benchmarks.bench_eval
+	$(BIN)/python -m benchmarks.bench_whole
 	$(BIN)/python -m benchmarks.bench_parts --photographs "$(PHOTOGRAPHS)"
