@@ -10,7 +10,8 @@ of the images.
 
 The script writes benchmarks/results/coverage.json: for each metric the share of the intervals that
 hold the truth, the share of test sets that have one, and the mean width. It fails where coverage is
-below 93 or above 97 % by more than three standard errors of the simulation itself.
+below 93 or above 97 % by more than three standard errors of the simulation itself; differences of
+recalls may be above.
 
 Shapes: P patients, N = 2 P images, G grades.
 """
@@ -174,7 +175,12 @@ def list_failures(rows: list[list[Any]]) -> list[str]:
         if kind not in OURS or count < FEWEST:
             continue
         error = math.sqrt(0.95 * 0.05 / count)
-        if not LOW - 3 * error <= coverage <= HIGH + 3 * error:
+        highest = HIGH + 3 * error
+        # Hardly any image of a rare grade tells two models apart: the only intervals of these few
+        # counts that hold the truth often enough hold it too often.
+        if kind == "difference" and name.startswith("recall"):
+            highest = 1
+        if not LOW - 3 * error <= coverage <= highest:
             failures.append(
                 f"{kind}, {name}, {patients} patients: {coverage:.3f} of {count} intervals"
             )

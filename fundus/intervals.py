@@ -5,6 +5,7 @@ those that cover: benchmarks/check_coverage.py draws test sets whose truth is kn
 often each interval holds it to benchmarks/results/coverage.json.
 - Shares of images (accuracy, recalls, sensitivity, specificity): Wilson's interval on the effective
   number of images. The bootstrap fails where none or few are hits: draws have none either.
+- Differences of such shares: Agresti and Min's interval for matched pairs, over patients.
 - All else: percentiles of 1,000 draws of patients, expanded for small groups. A metric that weighs
   grades alike is as uncertain as its rarest grade, however many patients the others have.
 Thresholds of operating points come from validation and are held fixed: the interval is that of the
@@ -249,20 +250,22 @@ def _rates(
 def difference_interval(a: Rate, b: Rate, draws: Draws) -> list[float]:
     """Return the 95 % interval of the difference of two shares of the same images.
 
-    Bonett and Price 2012, Journal of Educational and Behavioral Statistics 37:479: the interval of
-    the mean difference after adding one patient whose images all speak for `a` and one whose all
-    speak for `b`; so it has a width where no patient tells them apart. Over patients: the variance
-    of the ratio of sums, as in effective_number.
+    Agresti and Min 2005, Statistics in Medicine 24:729: before the interval of the mean difference
+    is taken, half a patient is added whose images all speak for `a`, half a one for `b`, and one
+    for neither; so it has a width where no patient tells them apart. Over patients: the variance of
+    the ratio of sums, as in effective_number. It errs to the wide side where hits are rare.
     """
     among = a[1]
     gain, images = _by_patient(np.stack([a[0] - b[0], among], axis=1), draws).T
-    typical = images.mean()
-    gain = np.r_[gain, typical, -typical]
-    images = np.r_[images, typical, typical]
-    patients = len(images)
-    mean = gain.sum() / images.sum()
-    squares = ((gain - mean * images) ** 2).sum()
-    half = Z * math.sqrt(squares * patients / (patients - 1)) / images.sum()
+    typical = images.mean()  # images of a patient that is added
+    gain = np.r_[gain, typical, -typical, 0]
+    images = np.r_[images, typical, typical, typical]
+    weight = np.r_[np.ones(len(images) - 3), 0.5, 0.5, 1]
+    patients = weight.sum()
+    total = weight @ images
+    mean = weight @ gain / total
+    squares = weight @ (gain - mean * images) ** 2
+    half = Z * math.sqrt(squares * patients / (patients - 1)) / total
     return [max(-1.0, mean - half), min(1.0, mean + half)]
 
 

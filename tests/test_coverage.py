@@ -56,14 +56,18 @@ def test_rows_count_what_is_covered(monkeypatch):
 
 
 def test_failures_take_the_simulations_own_error_into_account():
-    def row(coverage, count, kind="images"):
-        return [kind, "qwk", 100, count, coverage, 1.0, 0.1]
+    def row(coverage, count, kind="images", name="qwk"):
+        return [kind, name, 100, count, coverage, 1.0, 0.1]
 
     # Three standard errors of 1,000 are 0.021, of 10,000 0.0065.
     assert not check_coverage.list_failures([row(0.92, 1000), row(0.98, 1000), row(0.5, 100)])
     assert len(check_coverage.list_failures([row(0.90, 1000), row(0.995, 1000)])) == 2
     assert len(check_coverage.list_failures([row(0.92, 10_000)])) == 1
     assert not check_coverage.list_failures([row(0.5, 1000, "percentile bootstrap")])
+    assert not check_coverage.list_failures([row(1.0, 1000, "difference", "recall_1")])
+    for other in (("difference", "qwk"), ("images", "recall_1")):
+        assert check_coverage.list_failures([row(1.0, 1000, *other)])
+    assert check_coverage.list_failures([row(0.9, 1000, "difference", "recall_1")])
 
 
 @pytest.mark.slow

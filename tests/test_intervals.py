@@ -478,17 +478,36 @@ def test_seeds_are_paired_where_there_are_as_many():
 
 
 def test_the_interval_of_two_shares_by_hand():
-    # Four patients of two images: gains 2, 0, -1, 1; then one of +2 and one of -2. Twelve images,
-    # mean 1/6; squares (2 - 1/3)^2 and so on.
+    # Four patients of two images, whose gains are 2, 0, -1 and 1; then half of 2, half of -2, and
+    # one of 0. Six patients of twelve images, mean 1/6, so 1/3 of a patient's gain is expected.
     a = np.array([1, 1, 0, 0, 0, 0, 1, 1])
     b = np.array([0, 0, 0, 0, 1, 0, 0, 1])
     among = np.ones(8, bool)
     draws = draw_patients(np.array(list("aabbccdd")), 1, 0)
     mean = 2 / 12
-    squares = sum((gain - mean * 2) ** 2 for gain in (2, 0, -1, 1, 2, -2))
+    squares = 0
+    for gain, weight in ((2, 1), (0, 1), (-1, 1), (1, 1), (2, 0.5), (-2, 0.5), (0, 1)):
+        squares += weight * (gain - 1 / 3) ** 2
     half = 1.959964 * (squares * 6 / 5) ** 0.5 / 12
     found = difference_interval((a, among), (b, among), draws)
     assert found == pytest.approx([mean - half, mean + half], abs=1e-6)
+
+
+def test_the_interval_of_matched_pairs_is_agresti_and_mins():
+    # With an image a patient: 1/2 more in each cell of the table, then Wald's interval.
+    rng = np.random.default_rng(0)
+    a = rng.random(400) < 0.7
+    b = rng.random(400) < 0.6
+    for_a = (a & ~b).sum() + 0.5
+    for_b = (b & ~a).sum() + 0.5
+    total = 402
+    mean = (for_a - for_b) / total
+    half = 1.959964 * (for_a + for_b - (for_a - for_b) ** 2 / total) ** 0.5 / total
+    among = np.ones(400, bool)
+    draws = draw_patients(np.arange(400).astype(str), 1, 0)
+    found = difference_interval((a * 1.0, among), (b * 1.0, among), draws)
+    assert found == pytest.approx([mean - half, mean + half], rel=0.01)
+    assert found[1] - found[0] == pytest.approx(2 * half * (402 / 401) ** 0.5)
 
 
 def test_equal_shares_still_differ_by_chance():
