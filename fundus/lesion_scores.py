@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fundus.lesions import Lesions, widen
 from fundus.draws import draw_patients
+from fundus.lesions import Lesions, widen
 
 MEASURES = ("lift", "pointing", "ap")
 
