@@ -74,10 +74,10 @@ def test_eyes_have_many_names_and_stay_with_their_patient(tmp_path, left, right)
 
 
 def test_numbering_per_folder_is_not_taken_for_patients(tmp_path):
-    touch(tmp_path, "train/0/1.png", "train/1/1.png", "test/0/1.png", "test/1/2.png")
+    touch(tmp_path, "train/0/1.png", "train/2/1.png", "test/0/1.png", "test/2/2.png")
     patients = {record.path: record.patient for record in open_data(tmp_path).records}
     assert len(set(patients.values())) == 4
-    assert patients["test/1/2.png"] == "2"
+    assert patients["test/2/2.png"] == "2"
 
 
 def test_links_are_followed_and_do_not_go_round(tmp_path):
