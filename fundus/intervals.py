@@ -71,7 +71,7 @@ def evaluate(
 def why_no_interval(metric: AnyMetric, predictions: Predictions) -> str:
     """Return the reason that a metric which has a value gets no interval; "" where it gets one."""
     if metric.name == "ece":
-        return "chance alone biases the error upward, which no interval over patients mends"
+        return "chance biases it upward, and resampling adds to that"
     few = []
     for name, count in _count_patients(metric, predictions).items():
         if count < FEWEST:
