@@ -633,8 +633,8 @@ def grade_fractions(
         patients, images = np.mean(counts, axis=0)
         row = {
             "fraction": fraction,
-            "patients": float(patients),
-            "images": float(images),
+            "patients": round(float(patients)),
+            "images": round(float(images)),
             "seeds": options.fraction_seeds,
         }
         for name, values in scores.items():
