@@ -25,6 +25,7 @@ demo: $(BIN)/installed
 	$(BIN)/python eval_linear.py --pretrained $(RUN)
 	$(BIN)/python visualize_attention.py --pretrained $(RUN) --image $(DRAWN)/p000[0-3]_left.jpg
 	$(BIN)/python -m tools.report --table $(RUN)
+	$(BIN)/python -m tools.report $(RUN)
 
 # every speed figure of a CPU, in some 18 minutes on two cores: make bench PHOTOGRAPHS=folder
 bench: $(BIN)/installed

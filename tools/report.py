@@ -1,147 +1,117 @@
-"""Tabulate what runs have scored, out of their folders.
+"""Report what runs have scored and how they were trained, out of their folders.
 
-    python -m tools.report --table RUN [RUN ...]
+    python -m tools.report RUN [RUN ...] [--out PAGE.html]      one self-contained page
+    python -m tools.report --table RUN [RUN ...]                 a table of text
+    python -m tools.report --compare A B [--out PAGE.html]       paired differences
 
-Reads RUN/*/results.json and nothing else of the project: a folder copied from elsewhere will do.
-A row for each evaluation, below the majority line of its test set; brackets hold 95 % intervals.
+Reads what runs wrote and nothing else; a folder copied from elsewhere will do. The page is
+RUN/report.html, or report.html beside the first of several runs. It embeds pictures, photographs
+among them: who may see it depends on the data set's rules. A and B are evaluations (RUN/linear) of
+the same test photographs; commas part those that differ by seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-# The columns: a metric's name in results.json, and its title.
-COLUMNS = {
-    "accuracy": "accuracy",
-    "qwk": "QWK",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_auroc": "macro AUROC",
-    "referable_auroc": "referable AUROC",
-}
-
-
-def read_results(run: Path) -> dict[str, dict[str, Any]]:
-    """Return the results of a run folder by the evaluation's name, its baselines first.
-
-    The program ends with a message where the folder holds none.
-    """
-    # One level deeper lie the results on further test sets: knn/OTHER/results.json.
-    files = [*run.glob("*/results.json"), *run.glob("*/*/results.json")]
-    if not files:
-        message = "no */results.json there; run eval_knn.py or eval_linear.py on it first"
-        print(f"{run}: {message}", file=sys.stderr)
-        sys.exit(2)
-    results = {}
-    for file in files:
-        name = file.parent.relative_to(run).as_posix()
-        results[name] = json.loads(file.read_text("utf-8"))
-    return dict(sorted(results.items(), key=row_order))
+from tools.report_compare import (
+    NO_POINTS,
+    Comparison,
+    compare,
+    comparison_header,
+    comparison_rows,
+    split_folders,
+)
+from tools.report_page import comparison_page, page
+from tools.report_runs import find_results, read_run
+from tools.report_table import print_table, table_rows, text_table
+from utils import InputError, write_atomic
 
 
-def row_order(evaluation: tuple[str, Any]) -> tuple[bool, str]:
-    """Return the place of an evaluation and its results in the table."""
-    name = evaluation[0]
-    # A dash marks what the others are held against: an earlier state of the network (knn-0000),
-    # other features (linear-color), the published protocol (knn-paper).
-    is_baseline = "-" in name
-    return not is_baseline, name
+def make_table(folders: list[Path]) -> list[list[str]]:
+    """Return the table of the runs as rows of text; InputError where one has no results."""
+    runs = []
+    for folder in folders:
+        if not find_results(folder):
+            raise InputError(
+                f"{folder}: no */results.json there; run eval_knn.py or eval_linear.py on it first"
+            )
+        runs.append(read_run(folder))
+    return text_table(table_rows(runs))
 
 
-def tabulate(runs: list[Path]) -> list[list[str]]:
-    """Return the table as rows of cells, its header first."""
-    table = [["evaluation", "n", *COLUMNS.values()]]
-    shown_sets = set()
-    for run in runs:
-        evaluations = read_results(run)
-        for name, results in evaluations.items():
-            # Evaluations of one set have one majority line; it stands above the first of them.
-            test_set = identify_test_set(results)
-            if test_set not in shown_sets:
-                shown_sets.add(test_set)
-                table.append(majority_row(results))
-
-            title = f"{run.name}/{name}"
-            if is_stale(name, evaluations):
-                title += " (other weights)"
-            if "best epoch on the test" in results["protocol"]:
-                title += " (chosen on test)"
-            table.append(score_row(title, results))
-    return table
+def write_page(folders: list[Path], out: Path | None) -> Path:
+    """Write the page of the runs, and return where it is."""
+    runs = [read_run(folder) for folder in folders]
+    if out is None:
+        out = folders[0] / "report.html"
+        if len(folders) > 1:
+            out = folders[0].resolve().parent / "report.html"
+    write_text(out, page(runs))
+    return out
 
 
-def identify_test_set(results: dict[str, Any]) -> tuple[str, str, int]:
-    """Return what two results have in common if one majority line holds for both."""
-    data = results["data"]
-    # Only results on a further set name its fingerprint beside that of training.
-    fingerprint = data.get("test_fingerprint", data["fingerprint"])
-    return fingerprint, str(data["test"]), results["majority"]["grade"]
+def write_text(out: Path, text: str) -> None:
+    """Write a page; InputError where that is not allowed or possible."""
+    try:
+        write_atomic(out, lambda path: path.write_text(text, "utf-8"))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
-def is_stale(name: str, evaluations: dict[str, dict[str, Any]]) -> bool:
-    """Return whether a further set was tested with other weights than the run's own test split."""
-    # So it is when somebody trains again and repeats the evaluation, but without that set.
-    own = evaluations.get(name.split("/")[0])
-    if own is None:
-        return False
-    return evaluations[name]["backbone"]["sha256"] != own["backbone"]["sha256"]
+def print_comparison(found: Comparison) -> None:
+    """Print the differences, a table for each reading."""
+    print(f"A: {found.name_a}\nB: {found.name_b}")
+    print(f"{found.images} test photographs of {found.patients} patients, drawn for both at once")
+    for title, entries in found.parts.items():
+        print(f"\n{title}")
+        print_table([comparison_header(), *comparison_rows(entries)])
+    print(f"\n{NO_POINTS}")
 
 
-def majority_row(results: dict[str, Any]) -> list[str]:
-    """Return the row of always answering the most frequent grade of training."""
-    line = results["majority"]
-    row = [f"always grade {line['grade']}", str(results["data"]["test"]["images"])]
-    for metric in COLUMNS:
-        row.append(cell(line.get(metric)))
-    return row
-
-
-def score_row(title: str, results: dict[str, Any]) -> list[str]:
-    """Return the row of an evaluation."""
-    row = [title, str(results["data"]["test"]["images"])]
-    for metric in COLUMNS:
-        # Results may be older than a column.
-        entry = results["metrics"].get(metric, {})
-        row.append(cell(entry.get("value"), entry.get("ci95")))
-    return row
-
-
-def cell(value: float | None, interval: list[float] | None = None) -> str:
-    """Return a metric with its interval, a dash where there is none."""
-    if value is None:
-        return "-"
-    if not interval:
-        return f"{value:.3f}"
-    low, high = interval
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def print_table(table: list[list[str]]) -> None:
-    """Print rows of cells in columns as wide as their widest cell, a line below the header."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    header, *rows = table
-    rule = ["-" * width for width in widths]
-    for row in (header, rule, *rows):
-        padded = map(str.ljust, row, widths)
-        # The last column's blanks would be a nuisance in what people paste.
-        print("  ".join(padded).rstrip())
-
-
-def main() -> None:
-    """Print the table of the runs named."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's values; ends the program where they do not go together."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--out", type=Path, help="the page; RUN/report.html by default")
+    parser.add_argument("--table", action="store_true", help="print a table, and write no page")
     parser.add_argument(
-        "--table",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="run folders to tabulate",
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="differences of two evaluations' folders; commas between seeds: a-0/linear,a-1/linear",
     )
-    print_table(tabulate(parser.parse_args().table))
+    options = parser.parse_args(arguments)
+    if options.compare and (options.runs or options.table):
+        parser.error("--compare takes two evaluations, and no runs or --table beside them")
+    if not options.compare and not options.runs:
+        parser.error("name a run folder, such as runs/demo")
+    if options.table and options.out:
+        parser.error("--table prints, and --out is for a page: leave one of them out")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, compare two evaluations, or write the page and print where it is."""
+    options = parse_arguments(arguments)
+    try:
+        if options.compare:
+            a, b = options.compare
+            found = compare(split_folders(a), split_folders(b))
+            print_comparison(found)
+            if options.out:
+                write_text(options.out, comparison_page(found))
+                print(options.out)
+        elif options.table:
+            print_table(make_table(options.runs))
+        else:
+            print(write_page(options.runs, options.out))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
