@@ -61,14 +61,14 @@ def page(runs: list[Run]) -> str:
         sections.append(("differences", "Paired differences", paired_differences(runs)))
     contents = []
     for place, run in enumerate(runs, start=1):
-        prefix = ""
+        suffix = ""
         if len(runs) > 1:
-            prefix = f"{run.name}: "
-        title, anchor = f"{prefix}evaluations", f"evaluations-{place}"
+            suffix = f" of {run.name}"
+        title, anchor = f"Evaluations{suffix}", f"evaluations-{place}"
         body, links = evaluation_sections(run, place, pictures)
         sections.append((anchor, title, body))
         contents.append((anchor, links))
-        title, anchor = f"{prefix}training", f"training-{place}"
+        title, anchor = f"Training{suffix}", f"training-{place}"
         sections.append((anchor, title, training(run, pictures)))
     parts = [f"<h1>Report on {text(names)}</h1>", table_of_contents(sections, dict(contents))]
     for anchor, title, body in sections:
@@ -334,7 +334,7 @@ def detail_tables(results: dict[str, Any]) -> str:
         records = children(results, name)
         if records:
             body = show_records(records, f"{name}: {title}", TITLES)
-            parts.append(details(f"{title} ({len(records)} rows)", body))
+            parts.append(details(f"{title} ({len(records)})", body))
     titles = {"confidence": "highest probability", "referable": "score of referable DR"}
     for name, title in titles.items():
         bins = [one for one in children(child(results, "reliability"), name)]

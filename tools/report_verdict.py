@@ -75,6 +75,9 @@ def _main_sentence(run: Run, evaluation: Evaluation) -> str:
     if not interval(entry.get("ci95")):
         reason = words(entry.get("no_interval")) or "its results do not hold one"
         sentence += f" (without an interval: {reason})"
+    auroc = child(child(evaluation.results, "metrics"), "referable_auroc")
+    if number(auroc.get("value")) is not None:
+        sentence += f"; its referable AUROC is {_score(auroc)}"
     return sentence + "."
 
 
@@ -86,12 +89,12 @@ def _majority_sentences(evaluation: Evaluation) -> list[str]:
     sentences = []
     answer = f"Always answering grade {words(line.get('grade'))}"
     if baseline is not None:
-        sentences.append(f"{answer} scores {baseline:.3f}.")
+        sentences.append(f"{answer} has a QWK of {baseline:.3f}.")
     accuracy = child(metrics, "accuracy")
     if number(line.get("accuracy")) is not None and number(accuracy.get("value")) is not None:
         by_majority = number(line["accuracy"])
         sentences.append(
-            f"Its accuracy is {_score(accuracy)}; {answer.lower()}, {by_majority:.3f}."
+            f"The accuracy is {_score(accuracy)}, that of always answering it {by_majority:.3f}."
         )
 
     limits = interval(child(metrics, "qwk").get("ci95"))
@@ -103,7 +106,7 @@ def _majority_sentences(evaluation: Evaluation) -> list[str]:
     elif high < baseline:
         sentences.append("The QWK is worse than that answer's by more than chance explains.")
     else:
-        sentences.append("Chance alone may explain its QWK: the interval holds that answer's.")
+        sentences.append("Chance alone may explain the QWK: its interval holds that answer's.")
     return sentences
 
 
@@ -116,13 +119,13 @@ def _baseline_sentences(run: Run, evaluation: Evaluation) -> list[str]:
             "Hand-made statistics (eval_linear.py --features handmade) were not evaluated: whether "
             "the network beats them is open."
         )
-    for name, subject in ((HANDMADE, "Hand-made statistics score"), ("linear-color", "Colours")):
+    for name, subject in ((HANDMADE, "Hand-made statistics"), ("linear-color", "Mean colours")):
         baseline = run.find(name)
         if baseline is None or baseline is evaluation:
             continue
         entry = child(child(baseline.results, "metrics"), "qwk")
         if number(entry.get("value")) is not None:
-            sentences.append(f"{subject} {_score(entry)}.")
+            sentences.append(f"{subject} have one of {_score(entry)}.")
     if handmade and handmade is not evaluation:
         sentences.append(_difference_sentence(evaluation, handmade))
     return sentences
@@ -133,17 +136,19 @@ def _difference_sentence(evaluation: Evaluation, handmade: Evaluation) -> str:
     try:
         found = compare([evaluation.folder], [handmade.folder], ["qwk"])
     except InputError:
-        return "The two cannot be held against each other: no predictions of the same photographs."
+        return "Network and statistics cannot be compared: no predictions of the same photographs."
     entry = next(iter(found.parts.values()))["qwk"]
     limits = interval(entry.get("ci95"))
     if number(entry.get("value")) is None or limits is None:
         return "The difference has no interval."
     shown = f"{entry['value']:+.3f} [{limits[0]:+.3f}, {limits[1]:+.3f}]"
     if limits[0] > 0:
-        return f"The network is better than they are, by {shown}."
+        return f"The network's is better than that of hand-made statistics, by {shown}."
     if limits[1] < 0:
-        return f"The network is worse than they are, by {shown}."
-    return f"The difference to them, {shown}, may be chance."
+        return f"The network's is worse than that of hand-made statistics, by {shown}."
+    return (
+        f"The network's differs from that of hand-made statistics by {shown}, which may be chance."
+    )
 
 
 def _score(entry: dict[str, Any]) -> str:
