@@ -33,7 +33,7 @@ from features import (
     extract_handmade,
     seen_file,
 )
-from fundus import metrics, plots, tables
+from fundus import handmade, metrics, plots, tables
 from fundus.copies import find_shared
 from fundus.manifest import Manifest, Record, name_examples, read_manifest
 from run_folder import versions
@@ -397,7 +397,8 @@ def cached_handmade(
     def extract(rows: list[Record]) -> dict[str, Tensor]:
         return extract_handmade(manifest, rows, evaluation.options.workers)
 
-    return _from_cache(evaluation, manifest, records, ("handmade",), extract)
+    origin = ("handmade", handmade.VERSION)
+    return _from_cache(evaluation, manifest, records, origin, extract)
 
 
 def looks_of(evaluation: Evaluation, manifest: Manifest, records: Sequence[Record]) -> np.ndarray:

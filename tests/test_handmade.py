@@ -1,4 +1,4 @@
-"""handmade.py: what is measured, against naive computations and drawn lesions.
+"""contrast.py and handmade.py: what is measured, against naive computations and drawn lesions.
 
 Run it with `python -m pytest tests/test_handmade.py`.
 """
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fundus import handmade
+from fundus import contrast, handmade
 from fundus.handmade import FEATURE_NAMES, SIDE, handmade_features
 from fundus.photographs import crop_square, find_fundus
 from fundus.synthetic import DrawnEye, draw_photograph
@@ -59,9 +59,9 @@ def handmade_blur(plane):
 def test_every_number_has_a_name_of_its_own(healthy):
     values = handmade_features(healthy)
     assert values.dtype == np.float32
-    assert len(values) == len(FEATURE_NAMES) == len(set(FEATURE_NAMES)) == 499
+    assert len(values) == len(FEATURE_NAMES) == len(set(FEATURE_NAMES)) == 479
     assert np.array_equal(values, handmade_features(healthy.copy()))
-    assert "blob red 2.0 dark n2" in FEATURE_NAMES
+    assert "blob red 2.0 dark round count>0.35" in FEATURE_NAMES
 
 
 def degenerate():
@@ -104,7 +104,7 @@ def test_other_pictures_are_refused(picture):
 
 def test_the_surround_does_not_count(healthy):
     """Nor does text in a corner, as some cameras write it."""
-    fundus = handmade.find_fundus_mask(healthy)
+    fundus = contrast.find_fundus(healthy)
     changed = healthy.copy()
     changed[~fundus] = 7
     changed[4:12, 4:30] = 240
@@ -136,9 +136,9 @@ def test_light_is_no_contrast(healthy):
     "color, radius, raised",
     [
         # A microaneurysm, a haemorrhage, an exudate.
-        ((90, 25, 15), 1, ["blob green 1.0 dark round n1", "part dark 1.0 tiny"]),
-        ((90, 20, 15), 4, ["blob green 3.0 dark round top", "part dark 1.0 large"]),
-        ((230, 210, 90), 3, ["blob green 2.0 bright round top", "part bright 1.0 round area"]),
+        ((90, 25, 15), 1, ["blob green 1.0 dark round count>0.35", "part dark 1.5 tiny count"]),
+        ((90, 20, 15), 4, ["blob green 3.0 dark round top", "part dark 1.5 large count"]),
+        ((230, 210, 90), 3, ["blob green 2.0 bright round top", "part bright 1.5 compact area"]),
     ],
 )
 def test_a_lesion_raises_what_names_it(healthy, color, radius, raised):
@@ -151,10 +151,10 @@ def test_a_lesion_raises_what_names_it(healthy, color, radius, raised):
 def test_exudates_are_yellow(healthy):
     before = named(healthy)
     yellow = named(paint(healthy, (230, 210, 60), 3))
-    assert yellow["part yellow 1.0 round area"] > before["part yellow 1.0 round area"] + 0.3
+    assert yellow["part yellow 1.5 compact area"] > before["part yellow 1.5 compact area"] + 0.3
     # A white reflex is as bright, and not yellow.
     white = named(paint(healthy, (230, 215, 205), 3))
-    assert white["part yellow 1.0 round area"] < yellow["part yellow 1.0 round area"] - 0.3
+    assert white["part yellow 1.5 compact area"] < yellow["part yellow 1.5 compact area"] - 0.3
 
 
 # ------------------------------------------------------------------------------- naive computations
@@ -167,7 +167,7 @@ def test_curvatures_of_a_gaussian_are_as_calculated():
         down = np.arange(SIDE)[:, None] - 128
         right = np.arange(SIDE) - 128
         smooth = own**2 / total * np.exp(-(down**2 + right**2) / (2 * total))
-        lower, higher = handmade.hessian_eigenvalues(smooth.astype(np.float32), sigma)
+        lower, higher = contrast.hessian_eigenvalues(smooth.astype(np.float32), sigma)
         expected = -(sigma**2) * own**2 / total**2
         assert lower[128, 128] == pytest.approx(expected, rel=0.05)
         assert higher[128, 128] == pytest.approx(expected, rel=0.05)
@@ -175,7 +175,7 @@ def test_curvatures_of_a_gaussian_are_as_calculated():
 
 def test_curvatures_are_numpys_eigenvalues():
     smooth = np.random.default_rng(0).normal(size=(SIDE, SIDE)).astype(np.float32)
-    lower, higher = handmade.hessian_eigenvalues(smooth, 1.5)
+    lower, higher = contrast.hessian_eigenvalues(smooth, 1.5)
     for row, column in ((5, 9), (100, 31), (200, 254)):
         around = smooth[row - 1 : row + 2, column - 1 : column + 2].astype(float)
         xx = around[1, 2] - 2 * around[1, 1] + around[1, 0]
@@ -196,29 +196,28 @@ def test_peaks_are_above_all_around_them():
             around = response[row - 1 : row + 2, column - 1 : column + 2]
             if mask[row, column] and value > 0 and value == around.max():
                 expected.append(row * SIDE + column)
-    assert handmade.find_peaks(response, mask).tolist() == expected
+    assert handmade._peaks(response, mask).tolist() == expected
 
 
-def test_blurred_copies_are_those_of_one_filter_each(healthy):
+def test_blurred_copies_are_those_of_one_filter_each():
     from scipy import ndimage
 
-    contrast = np.random.default_rng(2).normal(size=(3, SIDE, SIDE)).astype(np.float32)
-    blurred = handmade._blur(contrast)
-    for plane in range(3):
-        for number, sigma in enumerate(handmade.SCALES):
-            expected = ndimage.gaussian_filter(contrast[plane], sigma, mode="constant")
-            assert np.abs(blurred[plane, number] - expected)[20:-20, 20:-20].max() < 0.03
+    plane = np.random.default_rng(2).normal(size=(SIDE, SIDE)).astype(np.float32)
+    copies = contrast.blur_at_scales(plane)
+    for copy, sigma in zip(copies, contrast.SCALES, strict=True):
+        expected = ndimage.gaussian_filter(plane, sigma, mode="constant")
+        assert np.abs(copy - expected)[20:-20, 20:-20].max() < 0.03
 
 
 def test_band_energies_by_hand(healthy):
-    eye = handmade.prepare_eye(healthy)
+    retina = contrast.measure_retina(healthy)
     values = named(healthy)
-    band = eye.blurred[1, 2] - eye.blurred[1, 3]  # red, from 1.5 to 2
-    inside = band[eye.lesion_mask].astype(float)
+    band = retina.contrast("red", 1.5) - retina.contrast("red", 2.0)
+    inside = band[retina.off_disc].astype(float)
     rms = np.sqrt((inside**2).mean())
-    assert values["band red 1.5-2 rms"] == pytest.approx(np.log(rms + 0.02), abs=1e-4)
+    assert values["band red 1.5-2.0 rms"] == pytest.approx(np.log(rms + 0.02), abs=1e-4)
     dark = -np.quantile(inside, 0.01)
-    assert values["band red 1.5-2 p1"] == pytest.approx(np.log(dark + 0.02), abs=0.01)
+    assert values["band red 1.5-2.0 p1"] == pytest.approx(np.log(dark + 0.02), abs=0.01)
 
 
 def test_parts_are_counted_by_size_and_shape():
@@ -228,19 +227,25 @@ def test_parts_are_counted_by_size_and_shape():
     plane[disc_at(120, 120, 5)] = 5  # 81: large
     plane[150:152, 60:100] = 3  # a vessel of 80
     plane[200, 200] = 3  # a single pixel is nothing
-    stats = dict(zip(handmade.PART_STATS, handmade._part_stats(plane, 2.0, plane < 9), strict=True))
+    everywhere = plane < 9
+
+    def describe(level):
+        values = handmade._describe(handmade.find_components(plane, everywhere, level))
+        return dict(zip(handmade.PART_STATISTICS, values, strict=True))
+
+    stats = describe(2.0)
     for name in ("tiny", "small", "large", "long"):
-        assert stats[name] == pytest.approx(np.log(2)), name
-    assert stats["round area"] == pytest.approx(np.log1p(5 + 13 + 81))
+        assert stats[f"{name} count"] == pytest.approx(np.log(2)), name
+    assert stats["compact area"] == pytest.approx(np.log1p(5 + 13 + 81))
     assert stats["long area"] == pytest.approx(np.log1p(80))
-    assert stats["round share"] == pytest.approx(99 / (99 + 80 + 20))
-    assert stats["largest"] == pytest.approx(np.log1p(81))
-    assert stats["depth"] == pytest.approx(np.log1p((3 + 3 + 5) / 3))
-    assert not any(handmade._part_stats(plane, 9.0, plane < 9))
+    assert stats["compact share"] == pytest.approx(99 / (99 + 80 + 25))
+    assert stats["largest area"] == pytest.approx(np.log1p(81))
+    assert stats["contrast"] == pytest.approx(np.log1p((3 + 3 + 5) / 3))
+    assert not any(describe(9.0).values())
 
 
 def test_rings_and_sectors_go_by_the_fundus(healthy):
-    ring, sector = handmade._places(disc_at(100, 140, 80))
+    ring, sector = contrast._rings_and_sectors(disc_at(100, 140, 80))
     assert [ring[100, 140], ring[100, 140 + 40], ring[100, 140 + 70]] == [0, 1, 2]
     corners = [sector[90, 130], sector[90, 150], sector[110, 130], sector[110, 150]]
     assert corners == [0, 1, 2, 3]
@@ -250,4 +255,4 @@ def test_rings_and_sectors_go_by_the_fundus(healthy):
 def test_enlarging_is_bilinear():
     small = np.random.default_rng(3).normal(size=(64, 64)).astype(np.float32)
     expected = Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    assert np.abs(handmade._enlarge(small) - np.asarray(expected)).max() < 1e-5
+    assert np.abs(contrast._enlarge(small) - np.asarray(expected)).max() < 1e-5
