@@ -146,7 +146,8 @@ def grade(
         if options.pictures:
             output = evaluation.output / test_set.name
             line = metrics.majority(voter_grades, outcome.predictions.grades)
-            plots.plot_k(by_k, output / "k.png", line)
+            if len(by_k) > 1:
+                plots.plot_k(by_k, output / "k.png", line)
             picture = output / "neighbours.png"
             draw_neighbours(evaluation, training, bank, test_set, queries, picture)
     return outcomes

@@ -50,7 +50,7 @@ thead th{background:var(--pale);vertical-align:bottom}
 th[scope=row],thead th:first-child{text-align:left;font-weight:600;min-width:9rem}
 .names td{text-align:left;min-width:9rem}
 tr.base{color:var(--soft)}tr.base th{font-weight:400}
-.ci,.why{display:block;color:var(--soft);font-size:.82rem;white-space:nowrap}
+.ci,.why{display:block;color:var(--soft);font-size:.9em;white-space:nowrap}
 .why{white-space:normal;min-width:9rem}
 .matrix td{text-align:center;min-width:3.6rem;border:1px solid var(--line)}
 .two{display:flex;flex-wrap:wrap;gap:0 2.5rem}
@@ -69,7 +69,7 @@ border-top:3px solid}.m0{color:var(--c0)}.m1{color:var(--c1);border-top-style:da
 .m2{color:var(--c2);border-top-style:dotted}
 details{margin:.6rem 0}summary{cursor:pointer}pre,code{font-size:.85rem}
 pre{white-space:pre-wrap;background:var(--pale);padding:.5rem}
-@media print{body{max-width:none;font-size:10pt;padding:0}.wide{overflow:visible}nav{display:none}
+@media print{.pictures figure{max-width:48%}body{max-width:none;font-size:10pt;padding:0}.wide{overflow:visible}nav{display:none}
 table{font-size:7.5pt}th,td{padding:.15rem .35rem}th[scope=row],.names td,.why{min-width:0}
 .ci{white-space:normal}figure,tr,.matrix{break-inside:avoid}h2,h3,h4,caption{break-after:avoid}
 .charts{grid-template-columns:1fr 1fr}a{color:inherit;text-decoration:none}}
