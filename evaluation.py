@@ -555,6 +555,7 @@ def evaluate_folds(evaluation: Evaluation, protocol: str, grade: Grade) -> None:
         seen.append(check_unseen(fold, tested, learnt_from)[""])
 
     outcomes = []
+    entries = []
     by_fold = []
     for number, fold in enumerate(folds, 1):
         tested = open_test_sets(fold.manifest, [])
@@ -564,14 +565,16 @@ def evaluate_folds(evaluation: Evaluation, protocol: str, grade: Grade) -> None:
         for name, entry in summary["metrics"].items():
             row[name] = entry["value"]
         by_fold.append(row)
+        entries.append(summary["metrics"])
         outcomes.append(outcome)
-    together = join_outcomes(everything, outcomes, by_fold)
+    means = metrics.mean_of_folds(entries)
+    together = join_outcomes(everything, outcomes)
+    together = replace(together, details={"by_fold": by_fold, "mean_of_folds": means})
     write_results(evaluation, protocol, together, [path for paths in seen for path in paths])
+    print(tables.folds_line(means))
 
 
-def join_outcomes(
-    everything: GradedSet, outcomes: Sequence[Outcome], by_fold: list[dict[str, Any]]
-) -> Outcome:
+def join_outcomes(everything: GradedSet, outcomes: Sequence[Outcome]) -> Outcome:
     """Return the outcome of all folds together, each photograph graded by its own fold's method."""
     records: list[Record] = []
     validation_of: list[Record] = []
@@ -594,7 +597,6 @@ def join_outcomes(
         validation_records=validation_of,
         thresholded=thresholded,
         features=None,  # of several methods, so that no picture would hold all
-        details={"by_fold": by_fold},
     )
 
 

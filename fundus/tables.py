@@ -87,6 +87,18 @@ def doubts_table(records: Sequence[Record], probabilities: np.ndarray) -> str:
     return text.getvalue()
 
 
+def folds_line(means: dict[str, Any]) -> str:
+    """Return the folds' main metrics, each averaged over them, as one line."""
+    parts = []
+    for metric, title in COMPARED.items():
+        entry = means[metric]
+        if entry["value"] is None:
+            parts.append(f"{title} - ({entry['reason']})")
+        else:
+            parts.append(f"{title} {entry['value']:.3f} (sd {entry['sd']:.3f})")
+    return f"mean of the folds' own: {', '.join(parts)}"
+
+
 def table_lines(summaries: dict[str, dict[str, Any]]) -> list[str]:
     """Return a table of several test sets' main metrics with intervals, a line each."""
     width = max(len(name) for name in summaries) + 2

@@ -604,6 +604,13 @@ def test_folds_test_every_photograph_once_from_one_cache(tmp_path, extractions, 
             for line in csv.DictReader(file):
                 assert line == rows[line["path"]]
         assert own["data"]["test"]["images"] == row["images"] == len(fold.split("test"))
+    for name in ("accuracy", "referable_auroc"):
+        values = [row[name] for row in together["by_fold"]]
+        mean = together["mean_of_folds"][name]
+        assert mean["value"] == pytest.approx(np.mean(values))
+        assert mean["sd"] == pytest.approx(np.std(values, ddof=1))
+    printed = capsys.readouterr().out
+    assert f"referable AUROC {together['mean_of_folds']['referable_auroc']['value']:.3f}" in printed
 
     evaluate_all(opened, "colour", by_color)  # the same again
     with pytest.raises(InputError, match="other settings"):

@@ -19,6 +19,7 @@ from fundus.metrics import (
     OperatingPoint,
     Predictions,
     majority,
+    mean_of_folds,
     patient_level,
     point_values,
     print_summary,
@@ -507,3 +508,39 @@ def test_a_metric_may_be_defined_where_the_majority_lines_is_not():
     assert summary["majority"]["qwk"] is None
     line = [line for line in summary_lines(summary) if line.startswith("QWK")][0]
     assert line.split()[1:4] == ["0.000", "-", "-"]
+
+
+def test_means_of_folds_by_hand():
+    folds = [
+        {"qwk": {"value": 0.1}, "macro_f1": {"value": 0.5}},
+        {"qwk": {"value": 0.3}, "macro_f1": {"value": None, "reason": "one grade alone"}},
+    ]
+    assert mean_of_folds(folds) == {
+        "qwk": {"value": pytest.approx(0.2), "sd": pytest.approx(0.02**0.5)},
+        "macro_f1": {"value": None, "reason": "undefined in fold 2"},
+    }
+
+
+def test_folds_together_fall_below_chance_where_features_tell_nothing():
+    """The trap that the mean of folds is there for: each fold answers what it learnt, no more."""
+    rng = np.random.default_rng(0)
+    grades = np.zeros(1000, int)
+    grades[:200] = 2
+    rng.shuffle(grades)
+    together, own = [], []
+    for fold in range(5):
+        inside = np.arange(1000) % 5 == fold
+        share = (grades[~inside] == 2).mean()
+        noise = rng.normal(scale=1e-4, size=inside.sum())
+        score = share + noise
+        shares = np.zeros((inside.sum(), 5))
+        shares[:, 0] = 1 - score
+        shares[:, 2] = score
+        names = np.flatnonzero(inside).astype(str)
+        predictions = Predictions(grades[inside], shares.argmax(axis=1), shares, names)
+        together.append(predictions)
+        own.append(point_values(predictions))
+    all_grades = np.concatenate([part.grades for part in together])
+    all_scores = np.concatenate([part.referable_score for part in together])
+    assert sk.roc_auc_score(all_grades >= 2, all_scores) < 0.47
+    assert mean_of_folds(own)["referable_auroc"]["value"] == pytest.approx(0.5, abs=0.05)

@@ -16,7 +16,7 @@ from written_runs import write_evaluation, write_training
 
 from tools.report_html import Pictures, show_confusion, show_entry, show_number
 from tools.report_page import page
-from tools.report_runs import read_run
+from tools.report_runs import Evaluation, read_run
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 HOSTILE = '"><img src=x onerror=alert(1)><script>alert(2)</script>&\ud800'
@@ -173,6 +173,28 @@ def test_a_collapse_is_told_first(tmp_path):
     words = read(tmp_path).words
     assert "not evaluated yet" in words
     assert words.count("all outputs are one") == 1
+
+
+def test_folds_are_held_against_hand_made_statistics_by_folds(tmp_path):
+    means = {"qwk": {"value": 0.123, "sd": 0.045}}
+    write_evaluation(tmp_path / "linear-folds", seed=1, skill=1.0, mean_of_folds=means)
+    write_evaluation(tmp_path / "linear-handmade-folds", seed=2, skill=0.2)
+    words = read(tmp_path).words
+    assert "the linear probe, pooled over folds, has a QWK of" in words
+    assert "better than that of hand-made statistics, by +" in words
+    assert "0.123 sd 0.045" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *(("linear", False), ("linear-folds", False), ("linear-fractions/other", False)),
+        *(("linear-color", True), ("linear-handmade-folds", True), ("knn-0000", True)),
+        *(("knn-paper", True), ("knn-folds-0012", True)),
+    ],
+)
+def test_baselines_are_known_by_their_name(name, expected, tmp_path):
+    assert Evaluation(name, tmp_path).is_baseline is expected
 
 
 def test_lesions_are_tabled(run):

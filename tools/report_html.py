@@ -69,7 +69,8 @@ border-top:3px solid}.m0{color:var(--c0)}.m1{color:var(--c1);border-top-style:da
 .m2{color:var(--c2);border-top-style:dotted}
 details{margin:.6rem 0}summary{cursor:pointer}pre,code{font-size:.85rem}
 pre{white-space:pre-wrap;background:var(--pale);padding:.5rem}
-@media print{.pictures figure{max-width:48%}body{max-width:none;font-size:10pt;padding:0}.wide{overflow:visible}nav{display:none}
+@media print{body{max-width:none;font-size:10pt;padding:0}.wide{overflow:visible}nav{display:none}
+.pictures figure{max-width:48%}
 table{font-size:7.5pt}th,td{padding:.15rem .35rem}th[scope=row],.names td,.why{min-width:0}
 .ci{white-space:normal}figure,tr,.matrix{break-inside:avoid}h2,h3,h4,caption{break-after:avoid}
 .charts{grid-template-columns:1fr 1fr}a{color:inherit;text-decoration:none}}
@@ -165,6 +166,9 @@ def show_entry(entry: Any, held: str = "") -> str:
         shown += f'<span class="ci">[{limits[0]:.3f}, {limits[1]:.3f}]</span>'
     elif entry.get("no_interval"):
         shown += _why(f"no interval: {words(entry['no_interval'])}")
+    spread = number(entry.get("sd"))
+    if spread is not None:
+        shown += _why(f"sd {spread:.3f}")
     draws = number(entry.get("undefined_draws"))
     if draws:
         shown += _why(f"undefined in {draws:.0f} of the draws")

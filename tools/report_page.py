@@ -306,6 +306,8 @@ def metrics_table(results: dict[str, Any]) -> str:
         columns["by thresholds"] = thresholded
     if child(results, "patients"):
         columns["by patient, worse eye"] = child(results, "patients")
+    if child(results, "mean_of_folds"):
+        columns["mean of folds"] = child(results, "mean_of_folds")
     plain = {}
     if child(results, "validation"):
         plain["validation"] = child(results, "validation")

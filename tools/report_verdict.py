@@ -5,23 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from tools.report_compare import compare
-from tools.report_runs import (
-    HANDMADE,
-    Evaluation,
-    Run,
-    child,
-    children,
-    interval,
-    number,
-    remarks,
-    words,
-)
+from tools.report_runs import Evaluation, Run, child, children, interval, number, remarks, words
 from utils import InputError
 
 METHODS = {
     "linear": "the linear probe",
     "linear-folds": "the linear probe, pooled over folds,",
+    "linear-fractions": "the linear probe",
     "knn": "k-NN",
+    "knn-folds": "k-NN, pooled over folds,",
 }
 
 
@@ -113,14 +105,14 @@ def _majority_sentences(evaluation: Evaluation) -> list[str]:
 def _baseline_sentences(run: Run, evaluation: Evaluation) -> list[str]:
     """Return what hand-made statistics and mean colours score, and the difference to the first."""
     sentences = []
-    handmade = run.find(HANDMADE)
+    handmade = _baseline(run, evaluation, "handmade")
     if handmade is None:
         sentences.append(
             "Hand-made statistics (eval_linear.py --features handmade) were not evaluated: whether "
             "the network beats them is open."
         )
-    for name, subject in ((HANDMADE, "Hand-made statistics"), ("linear-color", "Mean colours")):
-        baseline = run.find(name)
+    for features, subject in (("handmade", "Hand-made statistics"), ("color", "Mean colours")):
+        baseline = _baseline(run, evaluation, features)
         if baseline is None or baseline is evaluation:
             continue
         entry = child(child(baseline.results, "metrics"), "qwk")
@@ -129,6 +121,14 @@ def _baseline_sentences(run: Run, evaluation: Evaluation) -> list[str]:
     if handmade and handmade is not evaluation:
         sentences.append(_difference_sentence(evaluation, handmade))
     return sentences
+
+
+def _baseline(run: Run, evaluation: Evaluation, features: str) -> Evaluation | None:
+    """Return the linear probe's evaluation on other features, of the same protocol if possible."""
+    name = f"linear-{features}"
+    if evaluation.name.endswith("-folds"):
+        return run.find(f"{name}-folds")
+    return run.find(name)
 
 
 def _difference_sentence(evaluation: Evaluation, handmade: Evaluation) -> str:
