@@ -41,7 +41,10 @@ class Draws:
 
     def draw_sums(self, values: np.ndarray) -> np.ndarray:
         """Return the sums over the images of each draw, (R, C) float64, of values (N, C)."""
-        sums = self.patient_sums(values)
+        return self.weigh_patients(self.patient_sums(values))
+
+    def weigh_patients(self, sums: np.ndarray) -> np.ndarray:
+        """Return each draw's total, (R, C) float64, of sums over patients (P, C)."""
         # One draw at a time: as float64 all of them would take 214 MB at EyePACS' 26,788 patients.
         return np.stack([count.astype(np.float64) @ sums for count in self.counts])
 

@@ -6,6 +6,7 @@ often each interval holds it to benchmarks/results/coverage.json.
 - Shares of images (accuracy, recalls, sensitivity, specificity): Wilson's interval on the effective
   number of images. The bootstrap fails where none or few are hits: draws have none either.
 - Differences of such shares: Agresti and Min's interval for matched pairs, over patients.
+- Means of losses (log-loss, Brier score): the bootstrap-t, which follows their skewness.
 - All else: percentiles of 1,000 draws of patients, expanded for small groups. A metric that weighs
   grades alike is as uncertain as its rarest grade, however many patients the others have.
 Thresholds of operating points come from validation and are held fixed: the interval is that of the
@@ -58,6 +59,8 @@ def evaluate(
         rate = metric.rate(predictions, entry)
         if rate is not None:
             entry["ci95"] = rate_interval(rate, drawn)
+        elif metric.losses:
+            entry["ci95"] = mean_interval(metric.losses(predictions), drawn)
         else:
             resampled.append(metric)
 
@@ -114,6 +117,34 @@ def expanded_percentiles(samples: np.ndarray, patients: int) -> dict[str, Any]:
     if len(defined) < len(samples):
         found["undefined_draws"] = len(samples) - len(defined)
     return found
+
+
+def mean_interval(losses: np.ndarray, draws: Draws) -> list[float]:
+    """Return the 95 % bootstrap-t interval of the mean of losses (N,).
+
+    Each draw's error counts in its own standard errors, so that the interval reaches farther to
+    where a few large losses may be missing (Efron and Tibshirani 1993, chapter 12.5).
+    """
+    totals, images = draws.patient_sums(np.stack([losses, np.ones(len(losses))], axis=1)).T
+    columns = np.stack([totals, images, totals**2, totals * images, images**2], axis=1)
+    mean, error = _mean_and_error(columns.sum(axis=0))
+    means, errors = _mean_and_error(draws.weigh_patients(columns))
+    is_sure = errors <= 1e-12 * np.abs(means)  # as where all losses are the same
+    if is_sure.all():
+        return [float(mean), float(mean)]
+    low, high = np.percentile((means - mean)[~is_sure] / errors[~is_sure], [2.5, 97.5])
+    return [float(mean - high * error), float(mean - low * error)]
+
+
+def _mean_and_error(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a ratio of totals and its standard error, of sums (..., 5) over patients.
+
+    The sums are of total, images, total^2, total * images and images^2; the error is linearised.
+    """
+    total, images, squares, products, image_squares = np.moveaxis(sums, -1, 0)
+    mean = total / images
+    residual = squares - 2 * mean * products + mean**2 * image_squares
+    return mean, np.sqrt(np.maximum(residual, 0)) / images
 
 
 def rate_interval(rate: Rate, draws: Draws) -> list[float]:

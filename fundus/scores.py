@@ -195,8 +195,8 @@ def all_grades(predictions: Predictions) -> Strata:
 class Metric:
     """One number that is reported of predictions.
 
-    Draws give it from confusion matrices alone, or else from what is drawn: one of `from_confusion`
-    and `from_draws` is given.
+    Draws give it from confusion matrices alone, from what each image loses, or else from what is
+    drawn: one of `from_confusion`, `losses` and `from_draws` is given.
     """
 
     name: str  # its key in results.json
@@ -204,6 +204,7 @@ class Metric:
     group: Group
     value: Callable[[Predictions], float]  # asked only where it is defined
     from_confusion: Callable[[np.ndarray], np.ndarray] | None = None  # (..., G, G) -> (...)
+    losses: Callable[[Predictions], np.ndarray] | None = None  # (N,), where it is their mean
     from_draws: Callable[[Predictions, Draws], np.ndarray] | None = None  # -> (R,)
     why_undefined: Callable[[Predictions], str] = always_defined  # the reason; "" where defined
     strata: Callable[[Predictions], Strata] = no_strata  # the groups of images that it stands on
@@ -227,16 +228,6 @@ class Metric:
 def all_images(predictions: Predictions) -> Rate:
     """Return the images whose grade is predicted, among all."""
     return predictions.predicted == predictions.grades, np.ones(len(predictions.grades), bool)
-
-
-def draw_log_loss(predictions: Predictions, draws: Draws) -> np.ndarray:
-    """Return the log loss of each draw, (R,)."""
-    return fast.draw_mean(log_losses(predictions), draws)
-
-
-def draw_brier(predictions: Predictions, draws: Draws) -> np.ndarray:
-    """Return the Brier score of each draw, (R,)."""
-    return fast.draw_mean(brier_losses(predictions), draws)
 
 
 def recall_metric(grade: int) -> Metric:
@@ -343,8 +334,8 @@ METRICS: tuple[Metric | OperatingPoint, ...] = (
     OperatingPoint("specificity", 90),
     OperatingPoint("specificity", 95),
     OperatingPoint("sensitivity", 90),
-    Metric("log_loss", "log loss", "probability", log_loss, from_draws=draw_log_loss),
-    Metric("brier", "Brier score", "probability", brier, from_draws=draw_brier),
+    Metric("log_loss", "log loss", "probability", log_loss, losses=log_losses),
+    Metric("brier", "Brier score", "probability", brier, losses=brier_losses),
     Metric("ece", "calibration error", "probability", ece, from_draws=fast.draw_ece),
     *map(recall_metric, range(GRADES)),
 )
@@ -399,6 +390,8 @@ def bootstrap(
             samples[metric.name] = fast.draw_share(hits, among, draws)
         elif metric.from_confusion:
             samples[metric.name] = metric.from_confusion(confusions)
+        elif metric.losses:
+            samples[metric.name] = fast.draw_mean(metric.losses(predictions), draws)
         else:
             samples[metric.name] = metric.from_draws(predictions, draws)
     return samples

@@ -19,6 +19,7 @@ from fundus.intervals import (
     effective_number,
     evaluate,
     expanded_percentiles,
+    mean_interval,
     paired_difference,
     rate_interval,
     why_no_interval,
@@ -26,7 +27,15 @@ from fundus.intervals import (
 )
 from fundus.manifest import GRADES
 from fundus.predictions import Predictions
-from fundus.scores import METRICS, OperatingPoint, bootstrap, confusion_metrics, point_values
+from fundus.scores import (
+    METRICS,
+    OperatingPoint,
+    bootstrap,
+    brier_losses,
+    confusion_metrics,
+    log_losses,
+    point_values,
+)
 
 LABELS = list(range(GRADES))
 NAMES = [metric.name for metric in METRICS]
@@ -281,6 +290,37 @@ def test_percentiles_are_expanded_for_few():
     assert many == pytest.approx(np.percentile(samples, [2.5, 97.5]), abs=1e-3)
 
 
+def test_the_interval_of_a_mean_is_the_bootstrap_t_of_a_plain_loop():
+    rng = np.random.default_rng(3)
+    patients = np.repeat(np.arange(30), rng.integers(1, 4, 30)).astype(str)
+    losses = rng.exponential(size=len(patients))
+    draws = draw_patients(patients, 200, seed=1)
+
+    def mean_and_error(rows_of_patients):
+        rows = np.concatenate(rows_of_patients)
+        mean = losses[rows].mean()
+        residuals = [(losses[own] - mean).sum() for own in rows_of_patients]
+        return mean, np.sqrt(np.sum(np.square(residuals))) / len(rows)
+
+    rows_of = [np.flatnonzero(patients == name) for name in np.unique(patients)]
+    mean, error = mean_and_error(rows_of)
+    ratios = []
+    for counts in draws.counts:
+        drawn = [rows_of[place] for place, count in enumerate(counts) for _ in range(count)]
+        drawn_mean, drawn_error = mean_and_error(drawn)
+        ratios.append((drawn_mean - mean) / drawn_error)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    expected = [mean - high * error, mean - low * error]
+    assert mean_interval(losses, draws) == pytest.approx(expected, rel=1e-9)
+    # Exponential losses are skewed: more may be missing above than below.
+    assert expected[1] - mean > 1.2 * (mean - expected[0])
+
+
+def test_a_mean_of_equal_losses_is_sure():
+    draws = draw_patients(np.array(["a", "a", "b", "c"]), 50, seed=0)
+    assert mean_interval(np.full(4, 0.1), draws) == pytest.approx([0.1, 0.1])
+
+
 def test_undefined_draws_are_counted_and_left_out():
     samples = np.array([np.nan, *range(101), np.nan])
     found = expanded_percentiles(samples, 10**6)
@@ -316,11 +356,12 @@ def test_every_metric_has_its_methods_interval():
         ["balanced_accuracy", "macro_f1", "macro_precision", "macro_auroc"], min(patients.values())
     )
     expanded |= dict.fromkeys(["qwk", "referable_auroc", "referable_ap"], sides)
-    expanded |= dict.fromkeys(["log_loss", "brier"], 100)
     for name, count in expanded.items():
         tail = 100 * stats.norm.cdf(stats.t.ppf(0.025, count - 1))
         expected = np.percentile(samples[name], [tail, 100 - tail])
         assert found[name]["ci95"] == pytest.approx(list(expected)), name
+    for name, losses in (("log_loss", log_losses), ("brier", brier_losses)):
+        assert found[name]["ci95"] == mean_interval(losses(predictions), draws), name
 
     score = predictions.referable_score
     truth = predictions.grades >= 2
@@ -335,7 +376,7 @@ def test_every_metric_has_its_methods_interval():
             among = np.ones(200, bool)
             hits = predictions.predicted == predictions.grades
         else:
-            assert name in expanded or name == "ece"
+            assert name in {*expanded, "log_loss", "brier", "ece"}
             continue
         assert found[name]["ci95"] == pytest.approx(rate_interval((hits, among), draws)), name
     for entry in found.values():
