@@ -40,9 +40,14 @@ def own_home(tmp_path_factory):
 
 @pytest.fixture
 def handlers():
-    """Put back the handlers that SSRL.train installs in this process."""
+    """Start with Python's own handlers of signals, and put back those that were there before.
+
+    A shell lets what it runs in the background ignore Ctrl-C, and pytest's processes inherit that.
+    """
     of_terminate = signal.getsignal(signal.SIGTERM)
     of_interrupt = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGTERM, of_terminate)
     signal.signal(signal.SIGINT, of_interrupt)
