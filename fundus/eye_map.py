@@ -293,7 +293,7 @@ def outline_lesions(
     )
     for name, centres, spread in scattered:
         places = camera.find_places(rng, counts[name], centres, spread)
-        outlines[name] = _outline_blobs(rng, camera, places, LESION_KINDS[name])
+        outlines[name] = outline_blobs(rng, camera.disc_diameter, places, LESION_KINDS[name])
     outlines["hard_exudate"] = _outline_exudates(rng, camera, counts["hard_exudate"])
     outlines["venous_beading"] = _outline_beads(rng, camera, veins, counts["venous_beading"])
     outlines["new_vessel"] = _outline_fronds(rng, camera, arcades, counts["new_vessel"])
@@ -311,7 +311,7 @@ def _outline_exudates(rng: Generator, camera: Camera, clusters: int) -> list[Out
         angles = start + rng.uniform(0, opening, rng.integers(5, 22))
         arc = leak + rng.uniform(0.1, 0.4) * np.exp(1j * angles)
         specks = camera.find_places(rng, len(arc), arc, 0.06)
-        outlines += _outline_blobs(rng, camera, specks, LESION_KINDS["hard_exudate"])
+        outlines += outline_blobs(rng, camera.disc_diameter, specks, LESION_KINDS["hard_exudate"])
     return outlines
 
 
@@ -321,7 +321,7 @@ def _outline_beads(rng: Generator, camera: Camera, veins: Vessels, count: int) -
     for trunk in rng.permutation(TEMPORAL_ARCADES)[:count]:
         start = rng.integers(8, 18)
         beads = veins.places[trunk, start : start + 14 : 2]
-        outlines += _outline_blobs(rng, camera, beads, LESION_KINDS["venous_beading"])
+        outlines += outline_blobs(rng, camera.disc_diameter, beads, LESION_KINDS["venous_beading"])
     return outlines
 
 
@@ -369,14 +369,17 @@ def _outline_pools(rng: Generator, camera: Camera, count: int) -> list[Outline]:
     return [Outline(place + boat, 1.0) for place in places]
 
 
-def _outline_blobs(
-    rng: Generator, camera: Camera, places: np.ndarray, kind: LesionKind
+def outline_blobs(
+    rng: Generator, disc_diameter: float, places: np.ndarray, kind: LesionKind
 ) -> list[Outline]:
-    """Return an irregular round outline about each of the places (N,)."""
+    """Return an irregular round outline about each of the places (N,), in DD.
+
+    `disc_diameter` is in pixels, and matters where a lesion would be too small to be seen.
+    """
     size = (len(places), 1)
     angles = np.linspace(0, 2 * np.pi, 30, endpoint=False)  # one for each corner
     radius = kind.radius * np.exp(rng.normal(0, kind.radius_spread, size))
-    radius = np.clip(radius, kind.least_pixels / camera.disc_diameter, 0.17)
+    radius = np.clip(radius, kind.least_pixels / disc_diameter, 0.17)
 
     # Waves of two to five bulges around the outline make it irregular.
     for bulges in (2, 3, 4, 5):
