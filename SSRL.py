@@ -34,6 +34,7 @@ import run_folder
 import utils
 import vision_transformer as vit
 from augment import CropBatch, MultiCrop, MultiCropOptions, PatchMasks, color_views, contact_sheet
+from fundus.painting import PAINTED
 from utils import Bounds, Diverged, InputError, RunOptions, Stopped, log
 from weights import load_weights, read_weights, save_backbone
 
@@ -62,6 +63,13 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     its name."""
     patch_size: Annotated[int, Bounds(0, 256)] = 0
     """Side of a patch in pixels, 8 and 16 in the paper; 0: the architecture's own."""
+    stem: Literal["linear", "conv"] = "linear"
+    """What makes tokens of patches: one linear map (ViT's), or 3x3 convolutions, which keep what is
+    small."""
+    image_size: Annotated[int, Bounds(0, 4096)] = 0
+    """Side in pixels at which evaluations see whole photographs, and which the position embedding
+    is laid out for; 0: that of the global crops. For crops that are cut at a photograph's own
+    resolution, its side."""
     init: str = "timm:vit_small_patch16_224.dino"
     """Weights to start from: a run folder, a file, timm:NAME (downloads), or none."""
     checkpoint_key: Literal["teacher", "student"] = "teacher"
@@ -92,11 +100,17 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     """Keep the prototypes at length 1."""
     centering: Literal["mean", "sinkhorn"] = "mean"
     """What balances the teacher's targets: subtracting their mean, or Sinkhorn-Knopp."""
+    distillation_weight: Weight = 1.0
+    """Weight of self-distillation; with 0 the teacher sets no targets, and is nothing but the
+    student's moving average."""
     koleo_weight: Weight = 0.0
     """Weight of the KoLeo term, which spreads the [CLS] of photographs; DINOv2 takes 0.1."""
     patch_weight: Weight = 0.0
     """Weight of the masked patch objective (iBOT): the student predicts what the teacher makes of
     patches that it does not see; DINOv2 takes 1."""
+    lesion_weight: Weight = 0.0
+    """Weight of the lesion objective: lesions are painted on every photograph, the student's patch
+    tokens find them and its [CLS] counts them."""
     student_temp: Temperature = 0.1
     """Softmax temperature of the student."""
     teacher_temp: Temperature = 0.04
@@ -143,6 +157,7 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
         if self.patch_size == 0:
             self.patch_size = own_patch_size
         self.check_views(self.patch_size)
+        self.check_objective()
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
             value = getattr(self, name)
             if value > self.epochs:
@@ -159,6 +174,22 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
         if self.centering == "sinkhorn" and self.accumulate > 1:
             raise InputError("--accumulate: expected 1 with --centering sinkhorn")
 
+    def check_objective(self) -> None:
+        """Raise InputError where nothing would be learned, or something would wait in vain."""
+        if self.distillation_weight:
+            return
+        if not self.lesion_weight:
+            raise InputError("--distillation-weight 0: expected --lesion-weight above 0 with it")
+        for name in ("koleo_weight", "patch_weight"):
+            if getattr(self, name):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag}: expected 0 with --distillation-weight 0")
+        if self.local_crops_number:
+            raise InputError(
+                f"--local-crops-number {self.local_crops_number}: expected 0 with "
+                "--distillation-weight 0, since nothing else looks at them"
+            )
+
     @property
     def compares_photographs(self) -> bool:
         """Whether what a step learns from a photograph depends on others of its micro-batch."""
@@ -166,10 +197,15 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
         # the centre of the patch objective is a mean over as many patches as happen to be hidden.
         return (
             self.centering == "sinkhorn"
-            or self.use_bn_in_head
+            or self.has_batch_norm
             or self.koleo_weight > 0
             or self.patch_weight > 0
         )
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a network takes statistics of a batch."""
+        return self.use_bn_in_head or self.stem == "conv"
 
     @property
     def smallest_batch(self) -> int:
@@ -184,6 +220,11 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     def mask_grid(self) -> int:
         """Patches along a global crop's side, where some are masked; else 0."""
         return self.global_crop_size // self.patch_size if self.patch_weight else 0
+
+    @property
+    def lesion_grid(self) -> int:
+        """Patches along a global crop's side, where lesions are looked for in them; else 0."""
+        return self.global_crop_size // self.patch_size if self.lesion_weight else 0
 
 
 # ----------------------------------------------------------------------------- student and teacher
@@ -201,14 +242,16 @@ def build_networks(
         weights = read_weights(options.init, options.checkpoint_key, arch=said)
     spec = saved_spec
     if spec is None:
-        used_to = vit.BackboneSpec(options.arch, options.patch_size, options.global_crop_size)
+        image_size = options.image_size or options.global_crop_size
+        used_to = vit.BackboneSpec(options.arch, options.patch_size, image_size)
         if weights:
             used_to = weights.spec
         spec = replace(
             used_to,
             arch=options.arch,
             patch_size=options.patch_size,
-            image_size=options.global_crop_size,
+            image_size=image_size,
+            stem=options.stem,
             mean=options.mean or used_to.mean,
             std=options.std or used_to.std,
         )
@@ -234,7 +277,14 @@ def build_networks(
     teacher = vit.Network(vit.Backbone(spec), copy.deepcopy(head))
     teacher.backbone.load_state_dict(backbone.state_dict())
     teacher.requires_grad_(False)
-    student = vit.Network(backbone, head, mask_token=options.patch_weight > 0)
+    student = vit.Network(
+        backbone,
+        head,
+        mask_token=options.patch_weight > 0,
+        lesion_kinds=len(PAINTED) if options.lesion_weight else 0,
+    )
+    if not options.distillation_weight:
+        student.head.requires_grad_(False)  # nothing asks for its gradients
     return student, teacher
 
 
@@ -353,7 +403,7 @@ def build_run(
         teacher.compile()
     wrapped = student
     if processes.world > 1:
-        if options.use_bn_in_head and device.type == "cuda":
+        if options.has_batch_norm and device.type == "cuda":
             # Batch norm over all processes; gloo, which serves CPUs, has no kernel for it.
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
@@ -373,57 +423,78 @@ def build_run(
 
 # ------------------------------------------------------------------------------------------ a step
 class Loss(NamedTuple):
-    """The objective on a micro-batch."""
+    """The objective on a micro-batch, or one term of it."""
 
     total: Tensor  # a scalar, to be differentiated
     terms: dict[str, Tensor]  # each term by name: a scalar without weight and gradient
-    targets: Tensor  # (2, B, K), the teacher's, of [CLS]
-    means: dict[str, Tensor]  # (K,) of the teacher's logits, by the State's centre that they move
+    targets: Tensor | None = None  # (2, B, K), the teacher's, of [CLS]
+    means: dict[str, Tensor] = {}  # (K,) of the teacher's logits, by the State's centre they move
 
 
 def compute_loss(
     student: vit.Outputs,
-    teacher: vit.Outputs,
-    masks: PatchMasks,
+    teacher: vit.Outputs | None,
+    batch: CropBatch,
     state: State,
     teacher_temp: float,
     o: Options,
 ) -> Loss:
-    """Return the weighted sum of all terms of the objective, and each term by its name."""
-    means = {}
+    """Return the weighted sum of all terms of the objective, and each term by its name.
+
+    `teacher` is None without self-distillation.
+    """
+    total = student.cls_tokens.new_zeros((), dtype=torch.float32)
+    terms: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
+    targets = None
 
     # Self-distillation: each crop of the student against the teacher's other global crop.
-    student_logits = student.cls_logits.unflatten(0, (2 + o.local_crops_number, -1))
-    teacher_logits = teacher.cls_logits.unflatten(0, (2, -1))  # (2, B, K)
-    if o.centering == "sinkhorn":
-        targets = losses.sinkhorn_probs(teacher_logits, teacher_temp)
-    else:
-        targets = losses.centered_probs(teacher_logits, state.center, teacher_temp)
-        means["center"] = losses.batch_mean(teacher_logits)
-    total = losses.distillation_loss(student_logits, targets, o.student_temp)
-    terms = {"loss": total.detach()}
+    if teacher is not None:
+        student_logits = student.cls_logits.unflatten(0, (2 + o.local_crops_number, -1))
+        teacher_logits = teacher.cls_logits.unflatten(0, (2, -1))  # (2, B, K)
+        if o.centering == "sinkhorn":
+            targets = losses.sinkhorn_probs(teacher_logits, teacher_temp)
+        else:
+            targets = losses.centered_probs(teacher_logits, state.center, teacher_temp)
+            means["center"] = losses.batch_mean(teacher_logits)
+        terms["loss"] = losses.distillation_loss(student_logits, targets, o.student_temp)
+        total = total + o.distillation_weight * terms["loss"]
 
     # KoLeo: the [CLS] of different photographs stay apart, in each of the two global views.
     if o.koleo_weight:
         first, second = student.cls_tokens.chunk(2)
-        koleo = losses.koleo_loss(first) + losses.koleo_loss(second)
-        total = total + o.koleo_weight * koleo
-        terms["koleo"] = koleo.detach()
+        terms["koleo"] = losses.koleo_loss(first) + losses.koleo_loss(second)
+        total = total + o.koleo_weight * terms["koleo"]
 
     # Masked patches: the student predicts the teacher's targets of patches that it cannot see.
     if o.patch_weight:
-        patch_logits = teacher.patch_logits.unsqueeze(0)  # (1, M, K)
-        if o.centering == "sinkhorn":
-            samples = losses.total_over_processes(len(masks.index))
-            patch_targets = losses.sinkhorn_probs(patch_logits, teacher_temp, samples=samples)
-        else:
-            patch_targets = losses.centered_probs(patch_logits, state.patch_center, teacher_temp)
-            means["patch_center"] = losses.batch_mean(patch_logits)
-        predicted = student.patch_logits
-        patch = losses.patch_loss(predicted, patch_targets[0], masks.weight, o.student_temp)
-        total = total + o.patch_weight * patch
-        terms["patch"] = patch.detach()
+        patch_targets, patch_means = target_patches(teacher, batch.masks, state, teacher_temp, o)
+        means |= patch_means
+        terms["patch"] = losses.patch_loss(
+            student.patch_logits, patch_targets, batch.masks.weight, o.student_temp
+        )
+        total = total + o.patch_weight * terms["patch"]
+
+    # Lesions: patch tokens find those that were painted, and [CLS] counts them.
+    if o.lesion_weight:
+        terms["lesion"] = losses.lesion_loss(
+            student.lesion_logits, student.lesion_counts, batch.lesions
+        )
+        total = total + o.lesion_weight * terms["lesion"]
+    terms = {name: term.detach() for name, term in terms.items()}
     return Loss(total, terms, targets, means)
+
+
+def target_patches(
+    teacher: vit.Outputs, masks: PatchMasks, state: State, teacher_temp: float, o: Options
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the teacher's targets (M, K) of masked patches, and what moves their centre."""
+    logits = teacher.patch_logits.unsqueeze(0)  # (1, M, K)
+    if o.centering == "sinkhorn":
+        samples = losses.total_over_processes(len(masks.index))
+        return losses.sinkhorn_probs(logits, teacher_temp, samples=samples)[0], {}
+    targets = losses.centered_probs(logits, state.patch_center, teacher_temp)
+    return targets[0], {"patch_center": losses.batch_mean(logits)}
 
 
 class StepResult(NamedTuple):
@@ -431,7 +502,7 @@ class StepResult(NamedTuple):
 
     schedules: Schedules
     terms: dict[str, Tensor]  # the losses by name, scalars
-    targets: Tensor  # (2, B, K), the teacher's, of the last micro-batch
+    targets: Tensor | None  # (2, B, K), the teacher's, of the last micro-batch
     waited: float  # seconds for the micro-batches
 
 
@@ -455,17 +526,20 @@ def train_step(state: State, batches: Iterator[CropBatch], run: Run) -> StepResu
     waited = 0.0
     for micro in range(o.accumulate):
         started = time.perf_counter()
-        crops, masks = next(batches)
+        batch = next(batches)
         waited += time.perf_counter() - started
 
         # The teacher sees the global crops whole, the student all crops, with some patches of the
         # global ones hidden. Both give logits of these patches.
+        masks = batch.masks
+        teacher = None
         with devices.exchange_gradients(run.student, now=micro == o.accumulate - 1):
             with devices.autocast(run.processes.device, run.dtype):
-                with torch.no_grad():
-                    teacher = state.teacher(crops[:1], masks.index)
-                student = run.student(crops, masks.index, masks.hidden)
-            loss = compute_loss(student, teacher, masks, state, schedules.teacher_temp, o)
+                if o.distillation_weight:
+                    with torch.no_grad():
+                        teacher = state.teacher(batch.crops[:1], masks.index)
+                student = run.student(batch.crops, masks.index, masks.hidden)
+            loss = compute_loss(student, teacher, batch, state, schedules.teacher_temp, o)
             state.scaler.scale(loss.total / o.accumulate).backward()
         found.append(loss)
 
@@ -496,7 +570,8 @@ def apply_gradients(state: State, run: Run, terms: dict[str, Tensor]) -> bool:
     if not scaler.is_enabled():
         # 0 times infinity is NaN: a gradient that is not finite shows in the loss, whenever that is
         # looked at. An enabled scaler skips such a step by itself.
-        terms["loss"] = terms["loss"] + 0 * norm
+        first = next(iter(terms))
+        terms[first] = terms[first] + 0 * norm
     if norm.device.type == "cpu":
         check_finite(list(terms.values()), state.step)
 
@@ -538,9 +613,14 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
 
 @torch.no_grad()
 def update_teacher(teacher: vit.Network, student: vit.Network, momentum: float) -> None:
-    """Move the teacher: t <- m t + (1 - m) s, for every parameter of backbone and head."""
+    """Move the teacher: t <- m t + (1 - m) s, for every parameter of backbone and head.
+
+    The statistics of batch norm are moving averages already, so the teacher takes the student's.
+    """
     for ours, theirs in ((teacher.backbone, student.backbone), (teacher.head, student.head)):
         torch._foreach_lerp_(list(ours.parameters()), list(theirs.parameters()), 1 - momentum)
+        for own, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+            own.copy_(other)
 
 
 # ------------------------------------------------------------------------------------------ epochs
@@ -622,7 +702,8 @@ def summarize_steps(state: State, run: Run, result: StepResult) -> dict[str, Any
     check_finite(state.history.values(), state.step)
     measured: dict[str, Any] = result.schedules._asdict()
     measured |= state.history.means()
-    measured |= losses.target_entropies(result.targets)
+    if result.targets is not None:
+        measured |= losses.target_entropies(result.targets)
     measured["skipped"] = state.skipped
     measured["memory_gb"] = devices.peak_memory(run.processes.device)
     state.history.clear()
@@ -671,9 +752,9 @@ def main(options: Options, config: Path | None) -> None:
         with processes.main_first():  # draws synthetic photographs once
             manifest = data.open_manifest(options.data)
         records = manifest.split("train")
-        views = MultiCrop(options, options.mask_grid)
+        views = MultiCrop(options, options.mask_grid, options.lesion_grid)
         dataset = data.PhotographDataset(
-            manifest, records, views, options.seed, max_bad=options.max_bad
+            manifest, records, views, options.seed, options.max_bad, paint=options.lesion_weight > 0
         )
         sampler = data.StepSampler(
             len(records), options.batch_size, options.accumulate, processes, options.seed

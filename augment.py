@@ -47,6 +47,8 @@ CACHE = 2**18  # numbers in fp32 that, a few times over, fit a core's cache
 MASK_SHARES = (0.1, 0.5)  # of a crop's patches, as DINOv2 draws them (arXiv 2304.07193)
 MASK_STREAM = 1  # makes the generator of masks another one than that of views
 
+LEAST_LESION = 0.3  # share of a pixel that a lesion covers; a patch with such a pixel holds it
+
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
@@ -111,10 +113,15 @@ class ViewRecipe:
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Draws 2 global and V local views of a photograph, and masks of their patches if asked."""
+    """Draws 2 global and V local views of a photograph, and masks of their patches if asked.
+
+    Planes beyond RGB are masks of lesions, 255 inside, one for each kind. They go the way of the
+    photograph, and the view says which patches of the global crops hold which kinds.
+    """
 
     options: MultiCropOptions
     mask_grid: int = 0  # patches along a global crop's side; 0: no masks are drawn
+    lesion_grid: int = 0  # the same, where photographs come with masks of lesions; else 0
 
     @property
     def recipes(self) -> list[ViewRecipe]:
@@ -135,15 +142,21 @@ class MultiCrop:
         return math.ceil(max(sides))
 
     def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
-        """Return the views of a uint8 photograph (3, h, w) for a key of non-negative integers.
+        """Return the views of a uint8 photograph (3 + K, h, w) for a key of non-negative integers.
 
         `global` (2, 3, G, G) and `local` (V, 3, L, L) are uint8; `color` (2 + V, 14) is float32, as
-        MATRIX and the constants beside it say. With a mask grid, `mask` (2, N) is bool.
+        MATRIX and the constants beside it say. With a mask grid, `mask` (2, N) is bool; with masks
+        of lesions, `lesions` (2, N, K) is bool.
         """
         rng = np.random.default_rng(key)
-        crops, colors = [], []
-        for recipe in self.recipes:
-            crop = self._draw_crop(photograph, recipe, rng)
+        crops, colors, lesions = [], [], []
+        for number, recipe in enumerate(self.recipes):
+            is_global = number < 2
+            planes = photograph if is_global else photograph[:3]
+            crop = self._draw_crop(planes, recipe, rng)
+            if is_global and self.lesion_grid:
+                lesions.append(find_lesions(crop[3:], self.lesion_grid))
+            crop = crop[:3]
             crops.append(crop)
             colors.append(self._draw_color(crop, recipe, rng))
         item = {
@@ -153,6 +166,8 @@ class MultiCrop:
         }
         if self.mask_grid:
             item["mask"] = torch.from_numpy(draw_masks(self.mask_grid, key))
+        if self.lesion_grid:
+            item["lesions"] = torch.stack(lesions)
         return item
 
     def _stack_local(self, crops: list[Tensor]) -> Tensor:
@@ -180,6 +195,16 @@ class MultiCrop:
         if rng.random() < recipe.solarize:
             threshold = 0.5
         return np.array([*matrix_and_offset, sigma, threshold], dtype=np.float32)
+
+
+def find_lesions(masks: Tensor, grid: int) -> Tensor:
+    """Return which patches of a crop hold which kinds of lesions, bool (N, K), row by row.
+
+    `masks` is uint8 (K, G, G), 255 inside; `grid` is the number of patches along G.
+    """
+    patch = masks.shape[1] // grid
+    strongest = F.max_pool2d(masks.float(), patch)  # (K, grid, grid)
+    return (strongest > 255 * LEAST_LESION).flatten(1).T.contiguous()
 
 
 def flip_at_random(crop: Tensor, rng: np.random.Generator, *, vertical: bool) -> Tensor:
@@ -216,14 +241,14 @@ def draw_window(
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 (3, h, w) with antialiased bicubic, equal to Pillow's within rounding."""
+    """Resize uint8 (C, h, w) with antialiased bicubic, equal to Pillow's within rounding."""
     # torch has its fast path for uint8 images whose channels lie side by side.
     batch = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True).squeeze(0)
 
 
 def cut(image: Tensor, window: Window, size: int, angle: float = 0.0) -> Tensor:
-    """Cut a window, turned by `angle` degrees about its middle, and resize it to (3, size, size).
+    """Cut a window, turned by `angle` degrees about its middle, and resize it to (C, size, size).
 
     What a turned window sees beyond the photograph is black, as is a fundus photograph's surround.
     """
@@ -253,7 +278,7 @@ def cut(image: Tensor, window: Window, size: int, angle: float = 0.0) -> Tensor:
 
 
 def _rotate_and_crop(image: Tensor, angle: float, size: int) -> Tensor:
-    """Turn uint8 (3, h, w) about its middle, bilinear, and keep the middle (3, size, size)."""
+    """Turn uint8 (C, h, w) about its middle, bilinear, and keep the middle (C, size, size)."""
     # Where each pixel of the crop lies in the image, from the middle of both.
     radians = math.radians(angle)
     height, width = image.shape[-2:]
@@ -368,10 +393,11 @@ class CropBatch(NamedTuple):
 
     crops: list[Tensor]  # (2 B, 3, G, G), and (V B, 3, L, L) if V is not 0
     masks: PatchMasks
+    lesions: Tensor | None = None  # (2 B, N, K) bool, which patches hold which kinds
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of all tensors until what `stream` has been told so far is done."""
-        for tensor in (*self.crops, *self.masks):
+        for tensor in (*self.crops, *self.masks, self.lesions):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -394,7 +420,10 @@ def color_views(
     masks = PatchMasks()
     if "mask" in batch:
         masks = index_masks(batch["mask"].transpose(0, 1).flatten(0, 1), device)
-    return CropBatch(crops, masks)
+    lesions = None
+    if "lesions" in batch:
+        lesions = batch["lesions"].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+    return CropBatch(crops, masks, lesions)
 
 
 def index_masks(hidden: Tensor, device: torch.device) -> PatchMasks:

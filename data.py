@@ -25,6 +25,7 @@ from devices import Processes
 from fundus.copies import same_files
 from fundus.layouts import open_data
 from fundus.manifest import Manifest, Record
+from fundus.painting import known_lesions, paint_lesions
 from fundus.photographs import PhotographError, load_photograph, open_photograph, pad_square
 from fundus.synthetic import SYNTHETIC_COUNT, SYNTHETIC_MAX, synthetic_manifest
 from utils import InputError, log, shorten
@@ -33,6 +34,7 @@ SYNTHETIC_MIN = 10  # photographs, of 5 patients: fewer make no set with three s
 RAW_SIZE = 512  # side to which photographs that nobody prepared are brought as they are read
 SUBSTITUTES = 9  # photographs that may take the place of one that cannot be read
 READABLE = -1  # what `bad` says of a photograph that could be read
+PAINT_STREAM = 2  # makes the generator of painted lesions another one than that of views
 COUNT_EVERY = 50  # batches between counts of unreadable photographs over all processes
 
 
@@ -109,7 +111,7 @@ def patients_of(records: Sequence[Record]) -> np.ndarray:
 # ----------------------------------------------------------------------------- photographs as items
 # A view makes named tensors of a uint8 photograph (3, h, w) and a key of whole numbers, from which
 # it draws all that is random. It may have a `min_side`: the side from which photographs are large
-# enough for it.
+# enough for it. Where lesions are painted, their masks are further planes of the photograph.
 View = Callable[[Tensor, tuple[int, ...]], dict[str, Tensor]]
 Key = tuple[int, int]  # (epoch, index)
 
@@ -121,6 +123,7 @@ class PhotographDataset(Dataset):
     `bad` is READABLE where its photograph could be read. Otherwise another photograph takes its
     place, the same one each time this (epoch, index) is asked for, and `bad` is the index again.
     Nothing is replaced unless `max_bad` is above 0: the dataset then raises InputError.
+    With `paint`, every photograph gets lesions (fundus/painting.py), others each time.
     """
 
     def __init__(
@@ -130,6 +133,8 @@ class PhotographDataset(Dataset):
         view: View,
         seed: int = 0,
         max_bad: float = 0.0,
+        *,
+        paint: bool = False,
     ) -> None:
         self.manifest = manifest
         self.records = records
@@ -137,6 +142,7 @@ class PhotographDataset(Dataset):
         self.min_side = getattr(view, "min_side", None)
         self.seed = seed
         self.max_bad = max_bad
+        self.paint = paint
 
     def __len__(self) -> int:
         return len(self.records)
@@ -145,8 +151,10 @@ class PhotographDataset(Dataset):
         if not isinstance(key, tuple):
             key = (0, key)
         epoch, index = key
-        array, is_replaced = self._read_or_replace(epoch, index)
-        photograph = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)  # (3, h, w)
+        array, taken, is_replaced = self._read_or_replace(epoch, index)
+        if self.paint:
+            array = self._paint(array, taken, (self.seed, epoch, index, PAINT_STREAM))
+        photograph = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)  # (3 + K, h, w)
         item = self.view(photograph, (self.seed, epoch, index))
 
         # Workers are processes of their own and cannot count what they could not read. They say it
@@ -156,12 +164,12 @@ class PhotographDataset(Dataset):
             bad = index
         return item | {"index": torch.tensor(index), "bad": torch.tensor(bad)}
 
-    def _read_or_replace(self, epoch: int, index: int) -> tuple[np.ndarray, bool]:
-        """Return a photograph and False, or another one in its place and True."""
+    def _read_or_replace(self, epoch: int, index: int) -> tuple[np.ndarray, int, bool]:
+        """Return a photograph, the index it is of, and whether it is there in another's place."""
         is_replaced = False
         for candidate in self._candidates(epoch, index):
             try:
-                return self.read(candidate), is_replaced
+                return self.read(candidate), candidate, is_replaced
             except InputError:
                 if not self.max_bad:
                     raise
@@ -174,6 +182,15 @@ class PhotographDataset(Dataset):
         rng = np.random.default_rng((self.seed, epoch, index, len(self)))
         for other in rng.integers(len(self), size=SUBSTITUTES):
             yield int(other)
+
+    def _paint(self, array: np.ndarray, index: int, key: tuple[int, ...]) -> np.ndarray:
+        """Return a photograph with lesions and their masks: uint8 (h, w, 3 + K).
+
+        The masks are of painted lesions and, on a drawn photograph, of those that it came with.
+        """
+        painted, masks = paint_lesions(array, np.random.default_rng(key))
+        known = known_lesions(self.manifest.root, self.records[index].path, masks.shape[:2])
+        return np.concatenate([painted, np.maximum(masks, known)], axis=2)
 
     def read(self, index: int) -> np.ndarray:
         """Return a photograph as uint8 RGB, square; raises InputError where it cannot be read.

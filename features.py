@@ -282,16 +282,18 @@ def name_collapse(measured: dict[str, float], prototypes: int) -> str:
     """Name the collapse that measurements show and what to change; empty when healthy.
 
     `measured` holds `loss` (nats), `teacher_entropy` and `marginal_entropy` as
-    `losses.target_entropies` returns them, `embedding_std` and `rankme` of frozen features. Both of
-    the last are needed: embeddings spread along one line have a healthy standard deviation.
+    `losses.target_entropies` returns them, where there is self-distillation, `embedding_std` and
+    `rankme` of frozen features. Both of the last are needed: embeddings spread along one line have
+    a healthy standard deviation.
     """
     remedy = "try --use-bn-in-head, --centering sinkhorn"
-    # Flat targets alone are how every training begins; with a loss of ln K nothing was learnt.
-    is_flat = measured["teacher_entropy"] > 0.98
-    if is_flat and abs(measured["loss"] - math.log(prototypes)) < 0.05:
-        return f"uniform: every target is flat, loss = ln K; {remedy} or a lower --teacher-temp"
-    if measured["marginal_entropy"] < 0.05:
-        return f"one prototype: all photographs get the same target; {remedy} or a lower --lr"
+    if "teacher_entropy" in measured:
+        # Flat targets alone are how every training begins; with a loss of ln K nothing was learnt.
+        is_flat = measured["teacher_entropy"] > 0.98
+        if is_flat and abs(measured["loss"] - math.log(prototypes)) < 0.05:
+            return f"uniform: every target is flat, loss = ln K; {remedy} or a lower --teacher-temp"
+        if measured["marginal_entropy"] < 0.05:
+            return f"one prototype: all photographs get the same target; {remedy} or a lower --lr"
     if measured["embedding_std"] < 0.05 or measured["rankme"] < 2:
         return f"low rank: all embeddings lie along few directions; {remedy}"
     return ""

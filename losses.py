@@ -1,7 +1,8 @@
-"""The objectives, self-distillation and masked patches, and what keeps them from collapsing.
+"""The objectives (self-distillation, masked patches, lesions), and what keeps them from collapse.
 
-The latter are centring, Sinkhorn-Knopp and KoLeo. Shapes: B images of this process, T teacher views
-(2), V student views, M masked patches, K prototypes. The student's first T views are the teacher's.
+The last are centring, Sinkhorn-Knopp and KoLeo. Shapes: B images of this process, T teacher views
+(2), V student views, M masked patches, K prototypes, N patches of a crop, L kinds of lesions. The
+student's first T views are the teacher's.
 Everything is computed in fp32, whatever the networks compute in.
 """
 
@@ -12,6 +13,10 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
+
+LESION_PRIOR = 4.0  # patches with a lesion are rare
+COUNT_SHARE = 0.2  # of the counts in the lesion objective
 
 
 def distillation_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
@@ -53,6 +58,24 @@ def patch_loss(
     log_probs = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
     cross_entropy = -(teacher_probs * log_probs).sum(dim=-1)  # (M,)
     return (weight * cross_entropy).sum()
+
+
+def lesion_loss(logits: Tensor, counts: Tensor, lesions: Tensor) -> Tensor:
+    """Return how badly patch tokens find lesions, and [CLS] counts them: a scalar.
+
+    `lesions` is bool (B, N, L), whether each patch holds each kind; `logits` (B, N, L) are of the
+    patch tokens, `counts` (B, L) is what [CLS] takes for ln(1 + patches that hold it). That is
+
+        binary cross-entropy, patches with a lesion LESION_PRIOR times as important as those without
+        + COUNT_SHARE x smooth L1 between the counts and the truth
+
+    each as a mean over all. The first keeps in the tokens what is small; the second brings it to
+    [CLS], which otherwise nothing asks for it.
+    """
+    prior = torch.full(lesions.shape[-1:], LESION_PRIOR, device=logits.device)
+    found = F.binary_cross_entropy_with_logits(logits.float(), lesions.float(), pos_weight=prior)
+    counted = F.smooth_l1_loss(counts.float(), lesions.float().sum(dim=1).log1p())
+    return found + COUNT_SHARE * counted
 
 
 def centered_probs(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:

@@ -33,6 +33,7 @@ SECONDS_BETWEEN_LINES = 30
 SHOWN = (
     "epoch",
     "loss",
+    "lesion",
     "lr",
     "images_per_s",
     "data_wait",
@@ -426,7 +427,7 @@ class Progress:
     def log_interval(self, values: dict[str, Any], epoch: float) -> None:
         """Write what was measured over the steps since the last call, and their speed.
 
-        `values` are numbers and scalar tensors by name, "loss" among them. Adds `images_per_s`, and
+        `values` are numbers and scalar tensors by name, "lr" among them. Adds `images_per_s`, and
         `data_wait`, the share of the time that steps waited for data.
         """
         spent = time.monotonic() - self._began
@@ -462,7 +463,7 @@ class Progress:
                 qwk = f"{values['knn_qwk']:.3f}"
             text = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk "
             self._knn = text.format(**values) + qwk
-        if "loss" in values:
+        if "lr" in values:
             self._bar.set_postfix_str(shown + self._knn)
         if self._bar.disable:
             self._show_line(shown, always="rankme" in values)

@@ -3,7 +3,8 @@
 `Backbone` wraps timm's network and gives the method what it reads: the embedding ([CLS]), patch
 tokens, frozen features of several blocks, and the last block's attention. Its weights stand in
 files under timm's names, which are DINO's too. `Network` is a backbone with its head.
-Shapes: B batch, V views, N tokens or patches, M masked patches, D width, H heads, K prototypes.
+Shapes: B batch, V views, N tokens or patches, M masked patches, D width, H heads, K prototypes,
+L kinds of lesions.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,6 +34,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The most attention weights, over batch and heads, that a CPU computes in memory: 512 MB in fp32.
 MAX_ATTENTION_WEIGHTS = 2**27
+
+# What a stem of convolutions needs: patches that can be halved, and channels enough at the start.
+CONV_PATCH_SIZES = (4, 8, 16, 32)
+LEAST_CHANNELS = 32
 
 # The share of patch tokens whose largest values probes may read beside the mean of all.
 TOP_SHARE = 0.05
@@ -150,6 +156,7 @@ class BackboneSpec:
     mean: tuple[float, ...] = IMAGENET_MEAN  # of the RGB input, 0 to 1
     std: tuple[float, ...] = IMAGENET_STD
     pooling: str = ""  # timm's global_pool, where it is not the architecture's own
+    stem: str = "linear"  # how patches are embedded: "linear", or "conv" (ConvStem)
 
     def __post_init__(self) -> None:
         # Files give tuples back as lists.
@@ -159,6 +166,8 @@ class BackboneSpec:
     @property
     def timm_name(self) -> str:
         """The network of timm that these weights fit as they are; empty where there is none."""
+        if self.stem != "linear":
+            return ""
         name = self.arch.partition(".")[0]
         if name in ARCHS and not ARCHS[name].changes:
             name = ARCHS[name].timm_name
@@ -175,7 +184,8 @@ def create_vit(spec: BackboneSpec, drop_path: float = 0.0) -> VisionTransformer 
     """Return timm's network of a spec, with random weights, for images of any size.
 
     `drop_path` is the rate of stochastic depth at the last block; it grows linearly from 0 at the
-    first. Raises InputError where the patch size does not divide the image size.
+    first. Raises InputError where the patch size does not divide the image size, and where a stem
+    of convolutions cannot make patches of that size.
     """
     if spec.image_size % spec.patch_size:
         raise InputError(
@@ -186,6 +196,13 @@ def create_vit(spec: BackboneSpec, drop_path: float = 0.0) -> VisionTransformer 
     changes = dict(architecture.changes)
     if spec.pooling:
         changes["global_pool"] = spec.pooling
+    if spec.stem == "conv":
+        if spec.patch_size not in CONV_PATCH_SIZES:
+            sizes = ", ".join(map(str, CONV_PATCH_SIZES))
+            raise InputError(f"--stem conv: expected --patch-size {sizes}, not {spec.patch_size}")
+        changes["embed_layer"] = ConvStem
+    elif spec.stem != "linear":
+        raise InputError(f"--stem {spec.stem}: expected linear or conv")
     return timm.create_model(
         architecture.timm_name,
         num_classes=0,
@@ -195,6 +212,33 @@ def create_vit(spec: BackboneSpec, drop_path: float = 0.0) -> VisionTransformer 
         dynamic_img_size=True,
         **changes,
     )
+
+
+# -------------------------------------------------------------------------------------------- stem
+class ConvStem(PatchEmbed):
+    """Patches by 3x3 convolutions of stride 2, in place of one linear map of all their pixels.
+
+    As many of them as halve a patch down to one pixel (four for 16 pixels), each with batch norm
+    and a ReLU, then a 1x1 convolution: "Early convolutions help transformers see better", arXiv
+    2106.14881. A linear map of 768 values into a token keeps little of a lesion of two pixels.
+    Batch norm is what lets it learn: a fundus is one colour with little on it, and that colour is
+    subtracted. Layer, group or no norm left the lesion objective where it began.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        width = self.proj.out_channels
+        halvings = int(math.log2(self.patch_size[0]))
+        layers: list[nn.Module] = []
+        before = 3
+        for left in reversed(range(halvings)):
+            channels = max(LEAST_CHANNELS, width // 2**left)
+            layers.append(nn.Conv2d(before, channels, 3, stride=2, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(channels))
+            layers.append(nn.ReLU())
+            before = channels
+        layers.append(nn.Conv2d(before, width, 1))
+        self.proj = nn.Sequential(*layers)
 
 
 # ---------------------------------------------------------------------------------------- backbone
@@ -253,7 +297,7 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.vit.patch_embed.proj.weight.device
+        return next(self.vit.parameters()).device
 
     def _has_cls(self) -> bool:
         return getattr(self.vit, "cls_token", None) is not None
@@ -551,23 +595,35 @@ class Outputs(NamedTuple):
 
     cls_logits: Tensor  # (views B, K), global crops first
     cls_tokens: Tensor  # (2 B, D), of the global crops
-    patch_logits: Tensor | None  # (M, K), of the masked patches
+    patch_logits: Tensor | None = None  # (M, K), of the masked patches
+    lesion_logits: Tensor | None = None  # (2 B, N, L), of the patches of the global crops
+    lesion_counts: Tensor | None = None  # (2 B, L): ln(1 + patches with a lesion), by [CLS]
 
 
 class Network(nn.Module):
     """Backbone and projection head; student and teacher are one each.
 
-    The student of the patch objective has a mask token too, which no backbone is exported with.
+    A student may have more, which no backbone is exported with: a mask token for the patch
+    objective, and linear layers that find `lesion_kinds` of lesions in patch tokens and in [CLS].
     """
 
     def __init__(
-        self, backbone: Backbone, head: ProjectionHead, *, mask_token: bool = False
+        self,
+        backbone: Backbone,
+        head: ProjectionHead,
+        *,
+        mask_token: bool = False,
+        lesion_kinds: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
+        self.finds_lesions = lesion_kinds > 0
+        if self.finds_lesions:
+            self.lesion_finder = nn.Linear(backbone.embed_dim, lesion_kinds)
+            self.lesion_counter = nn.Linear(backbone.embed_dim, lesion_kinds)
 
     def forward(
         self, crops: Sequence[Tensor], wanted: Tensor | None = None, hidden: Tensor | None = None
@@ -577,16 +633,24 @@ class Network(nn.Module):
         `wanted` (M,) are the patches whose logits are returned, by their places among all 2 B N
         of the global crops; `hidden` (2 B, N) are those that the mask token takes the place of.
         """
-        if wanted is None:
+        if wanted is None and not self.finds_lesions:
             cls_tokens = [self.backbone(batch) for batch in crops]
-            return Outputs(self.head(torch.cat(cls_tokens)), cls_tokens[0], None)
+            return Outputs(self.head(torch.cat(cls_tokens)), cls_tokens[0])
 
         mask_token = None if hidden is None else self.mask_token
         tokens = self.backbone.all_tokens(crops[0], hidden, mask_token)
         cls_tokens = [tokens.embedding]
         for batch in crops[1:]:
             cls_tokens.append(self.backbone(batch))
-        # One head serves [CLS] and patches (iBOT, arXiv 2111.07832, section 3; DINOv2 has two heads
-        # at scale), in two passes, so that each has its own statistics where there is batch norm.
-        patch_logits = self.head(tokens.patches.flatten(0, 1)[wanted])
-        return Outputs(self.head(torch.cat(cls_tokens)), tokens.embedding, patch_logits)
+        outputs = Outputs(self.head(torch.cat(cls_tokens)), tokens.embedding)
+        if wanted is not None:
+            # One head serves [CLS] and patches (iBOT, arXiv 2111.07832, section 3; DINOv2 has two
+            # at scale), in two passes, so that each has its own statistics where there is batch
+            # norm.
+            outputs = outputs._replace(patch_logits=self.head(tokens.patches.flatten(0, 1)[wanted]))
+        if self.finds_lesions:
+            outputs = outputs._replace(
+                lesion_logits=self.lesion_finder(tokens.patches),
+                lesion_counts=self.lesion_counter(tokens.embedding),
+            )
+        return outputs

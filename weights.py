@@ -761,12 +761,18 @@ def load_weights(backbone: Backbone, weights: Weights) -> None:
     spec = backbone.spec
     differences = _list_differences(state, own)
     if differences:
-        asked = f"--arch {spec.arch} --patch-size {spec.patch_size}"
-        its_own = f"--arch {weights.spec.arch} --patch-size {weights.spec.patch_size}"
+        asked = _name_options(spec)
+        its_own = _name_options(weights.spec)
         expected = f"; expected {its_own}" if its_own != asked else ""
         raise InputError(f"{weights.path}: does not fit {asked}{expected}{differences}")
     _check_same(weights.spec, spec, weights.path)
     backbone.load_state_dict(state)
+
+
+def _name_options(spec: BackboneSpec) -> str:
+    """Return the options that ask for a spec's network."""
+    options = f"--arch {spec.arch} --patch-size {spec.patch_size}"
+    return options if spec.stem == "linear" else f"{options} --stem {spec.stem}"
 
 
 def _resample(positions: Tensor, own: Tensor, backbone: Backbone, spec: BackboneSpec) -> Tensor:
@@ -791,7 +797,7 @@ def save_backbone(backbone: Backbone, path: Path, options: dict[str, Any]) -> No
     """Write weights under timm's names as safetensors, atomically; equal content, equal bytes.
 
     Metadata: `architecture` (timm's model name where one exists) and `ssrl`, a JSON object with the
-    BackboneSpec (arch, patch_size, image_size, mean, std, pooling) and the run's options.
+    BackboneSpec (arch, patch_size, image_size, mean, std, pooling, stem) and the run's options.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
     ours = json.dumps({"spec": asdict(backbone.spec), "options": options}, sort_keys=True)

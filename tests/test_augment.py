@@ -12,6 +12,7 @@ import torchvision.transforms as T
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
+from torch.utils.data import default_collate
 
 import augment
 from augment import (
@@ -452,7 +453,7 @@ def test_masks_of_a_batch_by_hand():
         ),
         "mask": hidden,
     }
-    crops, masks = augment.color_views(batch, torch.device("cpu"), [0.5] * 3, [0.5] * 3)
+    crops, masks, _ = augment.color_views(batch, torch.device("cpu"), [0.5] * 3, [0.5] * 3)
     assert len(crops) == 1 and crops[0].shape == (4, 3, 4, 4)
     # Crops in order: first of photograph 0 and 1, second of photograph 0 and 1.
     assert masks.hidden.tolist() == [
@@ -516,3 +517,60 @@ def test_contact_sheet_lays_a_photograph_a_row():
         152,
     ]
     assert sheet[4, 16, 0] == 0  # local crops are padded
+
+
+# ---------------------------------------------------------------------------------------- lesions
+
+
+def test_lesions_of_patches_are_the_naive_loop():
+    masks = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    masks[0, 5, 9] = 255
+    masks[1, 20:30, 3:14] = 80  # more than 30 % of 255
+    masks[2, 0:8, 0:8] = 76  # less
+    found = augment.find_lesions(masks, 4)
+    assert found.shape == (16, 3) and found.dtype == torch.bool
+    for patch in range(16):
+        top, left = 8 * (patch // 4), 8 * (patch % 4)
+        for kind in range(3):
+            strongest = int(masks[kind, top : top + 8, left : left + 8].max())
+            assert bool(found[patch, kind]) == (strongest > 0.3 * 255)
+
+
+@pytest.mark.parametrize("rotation", [0.0, 40.0])
+def test_lesions_go_the_way_of_the_photograph(rotation):
+    """A mask that is the red channel again shows where its crop is red."""
+    rng = np.random.default_rng(0)
+    blocks = torch.from_numpy(rng.integers(0, 2, (1, 12, 12)) * 255).to(torch.uint8)
+    red = blocks.repeat_interleave(10, 1).repeat_interleave(10, 2)
+    photograph = torch.cat([red, red * 0, red * 0, red])  # RGB and one kind of lesion
+    options = multi_crop(64, 32, rotation=rotation, flip_vertical=True).options
+    crops = augment.MultiCrop(options, lesion_grid=8)
+    for key in range(8):
+        item = crops(photograph, (key,))
+        assert item["global"].shape == (2, 3, 64, 64) and item["local"].shape[1] == 3
+        assert item["lesions"].shape == (2, 64, 1)
+        for crop, lesions in zip(item["global"], item["lesions"], strict=True):
+            assert torch.equal(lesions, augment.find_lesions(crop[:1], 8))
+
+
+def test_masks_of_lesions_change_no_view(photograph):
+    masks = torch.full((4, *photograph.shape[1:]), 255, dtype=torch.uint8)
+    plain = multi_crop(32, 16)(photograph, (1, 2))
+    crops = augment.MultiCrop(multi_crop(32, 16).options, lesion_grid=2)
+    with_masks = crops(torch.cat([photograph, masks]), (1, 2))
+    for name in plain:
+        assert torch.equal(plain[name], with_masks[name])
+    assert with_masks["lesions"].all()
+
+
+def test_lesions_of_a_batch_are_laid_out_view_by_view(photograph):
+    items = []
+    for kind in range(3):
+        masks = torch.zeros((3, *photograph.shape[1:]), dtype=torch.uint8)
+        masks[kind] = 255
+        crops = augment.MultiCrop(multi_crop(32, 16).options, lesion_grid=2)
+        items.append(crops(torch.cat([photograph, masks]), (kind,)))
+    batch = augment.color_views(default_collate(items), ZERO.device, [0, 0, 0], [1, 1, 1])
+    assert batch.lesions.shape == (6, 4, 3)
+    for row, kinds in enumerate(batch.lesions.all(dim=1)):
+        assert kinds.nonzero().flatten().tolist() == [row % 3]  # first views first

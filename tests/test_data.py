@@ -17,8 +17,9 @@ import utils
 from augment import CropBatch, MultiCrop, MultiCropOptions, PatchMasks, WholeView
 from data import PhotographDataset, StepSampler, evaluation_loader, prefetch, training_loader
 from devices import Processes
-from fundus import copies, photographs, synthetic
+from fundus import copies, painting, photographs, synthetic
 from fundus.manifest import GRADES, Manifest, Record, read_manifest
+from fundus.painting import PAINTED
 from fundus.photographs import find_fundus, open_photograph, pad_square
 from utils import InputError
 
@@ -495,3 +496,45 @@ def test_graded_counts(prepared, caplog):
     assert "train: 10 photographs without grade are left out" in caplog.text
     with pytest.raises(InputError, match="manifest.csv.*val"):
         data.graded(manifest, [replace(r, grade=None) for r in records], "val")
+
+
+# ---------------------------------------------------------------------------------- painted lesions
+LESIONS = replace(CROPS, lesion_grid=2)
+
+
+def painted_set(folder, seed=0):
+    manifest = read_manifest(folder)
+    return PhotographDataset(manifest, manifest.split("train"), LESIONS, seed, paint=True)
+
+
+def test_painted_lesions_are_keyed_by_seed_epoch_and_index(prepared):
+    dataset = painted_set(prepared)
+    item = dataset[(1, 3)]
+    assert item["lesions"].shape == (2, 4, len(PAINTED))
+    assert equal(dataset[(1, 3)], item)
+    assert any(not torch.equal(dataset[(epoch, 3)]["lesions"], item["lesions"]) for epoch in (2, 3))
+    whole = [dataset[(0, index)]["lesions"].any() for index in range(20)]
+    assert sum(map(bool, whole)) >= 10
+
+
+def test_painting_changes_nothing_else(prepared, monkeypatch):
+    """Crops are cut where they would be, of a photograph that has no lesion painted on it."""
+    monkeypatch.setattr(painting, "PAINTED_SHARE", 0.0)
+    plain, painted = train_set(prepared), painted_set(prepared)
+    for index in range(4):
+        expected = plain[(1, index)]
+        item = painted[(1, index)]
+        assert all(torch.equal(item[name], expected[name]) for name in expected)
+
+
+def test_drawn_photographs_bring_their_own_lesions(prepared, monkeypatch):
+    monkeypatch.setattr(painting, "PAINTED_SHARE", 0.0)
+    dataset = painted_set(prepared)
+    for index, record in enumerate(dataset.records[:20]):
+        kinds = [
+            (prepared / "masks" / f"{Path(record.path).stem}_{name}.png").is_file()
+            for name in PAINTED
+        ]
+        array = dataset._paint(dataset.read(index), index, (0,))
+        assert array[..., 3:].any(axis=(0, 1)).tolist() == kinds
+    assert any(record.grade > 1 for record in dataset.records[:20])

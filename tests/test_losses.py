@@ -18,6 +18,7 @@ from losses import (
     distillation_loss,
     entropy,
     koleo_loss,
+    lesion_loss,
     mean_by_name,
     mean_over_processes,
     patch_loss,
@@ -281,6 +282,46 @@ def test_patch_loss_is_computed_in_fp32():
     found = patch_loss(student, targets, weight, 0.1)
     assert found.dtype == torch.float32
     assert found == patch_loss(student.float(), targets, weight, 0.1)
+
+
+# ---------------------------------------------------------------------------------------- lesions
+
+
+def naive_lesion_loss(logits, counts, lesions):
+    """A loop over crops, patches and kinds in float64; the second part over crops and kinds."""
+    found, counted = [], []
+    for crop in range(len(lesions)):
+        for patch in range(lesions.shape[1]):
+            for kind in range(lesions.shape[2]):
+                p = torch.sigmoid(logits[crop, patch, kind].double())
+                holds = bool(lesions[crop, patch, kind])
+                found.append(-4 * torch.log(p) if holds else -torch.log(1 - p))
+        for kind in range(lesions.shape[2]):
+            off = counts[crop, kind].double() - math.log(1 + int(lesions[crop, :, kind].sum()))
+            counted.append(0.5 * off**2 if abs(off) < 1 else abs(off) - 0.5)
+    return sum(found) / len(found) + 0.2 * sum(counted) / len(counted)
+
+
+def test_lesion_loss_is_the_naive_loop():
+    logits = random_logits(2, 9, 3, seed=1).requires_grad_()
+    counts = random_logits(2, 3, seed=2, scale=2.0).requires_grad_()
+    lesions = random_logits(2, 9, 3, seed=3) > 0.8
+    found = lesion_loss(logits, counts, lesions)
+    expected = naive_lesion_loss(logits, counts, lesions)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for asked in (logits, counts):
+        slopes = [
+            torch.autograd.grad(loss, asked, retain_graph=True)[0] for loss in (found, expected)
+        ]
+        torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-5, atol=1e-7)
+
+
+def test_lesion_loss_is_computed_in_fp32():
+    logits, counts = random_logits(2, 50, 4, scale=20.0).bfloat16(), torch.zeros(2, 4).bfloat16()
+    lesions = random_logits(2, 50, 4, seed=3) > 0
+    found = lesion_loss(logits, counts, lesions)
+    assert found.dtype == torch.float32
+    assert found == lesion_loss(logits.float(), counts.float(), lesions)
 
 
 # -------------------------------------------------------------------------------------- bookkeeping

@@ -17,6 +17,7 @@ import utils
 from augment import MultiCrop, apply_color, color_views
 from data import PhotographDataset, StepSampler, open_manifest
 from devices import Processes
+from fundus.painting import PAINTED
 from run_folder import RunFolder
 from utils import Diverged, InputError
 from vision_transformer import IMAGENET_MEAN, IMAGENET_STD
@@ -32,8 +33,9 @@ def build(o):
     sampler = StepSampler(len(records), o.batch_size, o.accumulate, ONE, o.seed)
     state, run = SSRL.build_run(o, ONE, RunFolder(Path("run")), sampler)
     o.flip_vertical = False
-    crops = MultiCrop(o, o.mask_grid)
-    return state, run, PhotographDataset(manifest, records, crops, o.seed)
+    crops = MultiCrop(o, o.mask_grid, o.lesion_grid)
+    dataset = PhotographDataset(manifest, records, crops, o.seed, paint=o.lesion_weight > 0)
+    return state, run, dataset
 
 
 def collate(dataset, indices):
@@ -89,6 +91,17 @@ def test_update_teacher_by_hand():
     for part in (networks[0].backbone, networks[0].head):
         assert part.weight.tolist() == [[1.5, 1.5]] and part.bias.tolist() == [-1.5]
     assert student.weight.tolist() == [[3.0, 3.0]]
+
+
+def test_the_teacher_takes_the_statistics_of_batch_norm(tiny):
+    o = tiny(stem="conv", lesion_weight=1.0)
+    state, run, dataset = build(o)
+    SSRL.train_step(state, iter([crops_of(run, collate(dataset, range(8)))]), run)
+    theirs = dict(state.student.backbone.named_buffers())
+    moved = [name for name in theirs if name.endswith("running_mean")]
+    assert moved and all(theirs[name].abs().max() > 0 for name in moved)
+    for name, value in state.teacher.backbone.named_buffers():
+        assert torch.equal(value, theirs[name])
 
 
 def test_student_and_teacher_start_equal(tiny):
@@ -254,6 +267,86 @@ def test_mask_token_is_not_the_backbones(tiny):
     assert not [name for name in state.student.backbone.state_dict() if "mask" in name]
     off, _, _ = build(tiny())
     assert not [name for name in off.student.state_dict() if "mask" in name]
+
+
+@pytest.mark.parametrize("distillation_weight", [0.0, 0.5])
+def test_lesion_objective_is_the_naive_one(tiny, distillation_weight):
+    """Its term, and where it moves the layers that find and count, from crops one by one."""
+    o = tiny(optimizer="sgd", warmup_epochs=0, lr=3.2, clip_grad=0, lesion_weight=0.7)
+    o.distillation_weight = distillation_weight
+    if not distillation_weight:
+        o.local_crops_number = 0
+    state, run, dataset = build(o)
+    other, _, _ = build(o)
+    other.student.load_state_dict(state.student.state_dict())
+    batch = crops_of(run, collate(dataset, range(8)))
+    assert batch.lesions.shape == (16, 16, len(PAINTED)) and batch.lesions.any()
+    result = SSRL.train_step(state, iter([batch]), run)
+    assert set(result.terms) == ({"loss", "lesion"} if distillation_weight else {"lesion"})
+
+    found, counted = [], []
+    for crop, lesions in zip(batch.crops[0], batch.lesions, strict=True):
+        seen = other.student.backbone.all_tokens(crop[None])
+        logits = other.student.lesion_finder(seen.patches[0])
+        p = torch.sigmoid(logits)
+        cross = torch.where(lesions, -4 * torch.log(p), -torch.log(1 - p))
+        found.append(cross.mean())
+        counts = other.student.lesion_counter(seen.embedding[0])
+        truth = torch.log(1 + lesions.sum(dim=0))
+        counted.append(torch.nn.functional.smooth_l1_loss(counts, truth))
+    loss = sum(found) / 16 + 0.2 * sum(counted) / 16
+    assert result.terms["lesion"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for name in ("lesion_finder", "lesion_counter"):
+        layer = getattr(other.student, name)
+        (slope,) = torch.autograd.grad(0.7 * loss, layer.weight, retain_graph=True)
+        decayed = slope + o.weight_decay * layer.weight.detach()
+        moved = layer.weight.detach() - 3.2 * 8 / 256 * decayed
+        torch.testing.assert_close(
+            getattr(state.student, name).weight.detach(), moved, atol=1e-6, rtol=1e-4
+        )
+    # Without self-distillation, too, the teacher follows.
+    assert not same(state.teacher.state_dict(), other.teacher.state_dict())
+
+
+def test_what_finds_lesions_is_the_students_alone(tiny):
+    state, _, _ = build(tiny(lesion_weight=1.0))
+    names = {name for name, _ in state.student.named_parameters() if "lesion" in name}
+    assert {name.partition(".")[0] for name in names} == {"lesion_finder", "lesion_counter"}
+    assert not [name for name in state.teacher.state_dict() if "lesion" in name]
+    assert not [name for name in state.student.backbone.state_dict() if "lesion" in name]
+    off, _, _ = build(tiny())
+    assert not [name for name in off.student.state_dict() if "lesion" in name]
+
+
+def test_without_self_distillation_the_head_stays(tiny):
+    o = tiny(lesion_weight=1.0, distillation_weight=0.0, local_crops_number=0, warmup_epochs=0)
+    state, run, dataset = build(o)
+    before = copy.deepcopy(state.student.head.state_dict())
+    result = SSRL.train_step(state, iter([crops_of(run, collate(dataset, range(8)))]), run)
+    assert same(state.student.head.state_dict(), before)
+    assert result.targets is None
+    assert not same(state.student.backbone.state_dict(), build(o)[0].student.backbone.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, "expected --lesion-weight above 0"),
+        ({"lesion_weight": 1.0}, "--local-crops-number 2: expected 0"),
+        ({"lesion_weight": 1.0, "local_crops_number": 0, "koleo_weight": 0.1}, "--koleo-weight"),
+        ({"lesion_weight": 1.0, "local_crops_number": 0, "patch_weight": 0.1}, "--patch-weight"),
+    ],
+)
+def test_objectives_that_cannot_be_are_refused(tiny, changed, message):
+    with pytest.raises(InputError, match=message):
+        tiny(distillation_weight=0.0, **changed)
+
+
+def test_the_position_embedding_is_laid_out_for_whole_photographs(tiny):
+    state, run, dataset = build(tiny(image_size=128))
+    assert state.teacher.backbone.spec.image_size == 128
+    assert state.student.backbone.vit.pos_embed.shape[1] == 1 + (128 // run.options.patch_size) ** 2
+    SSRL.train_step(state, iter([crops_of(run, collate(dataset, range(8)))]), run)
 
 
 ANY_VIT = [

@@ -28,6 +28,7 @@ from features import Signatures
 from fundus.manifest import read_manifest
 from run_folder import load_torch
 from utils import HERE, Diverged, InputError, Stopped
+from weights import load_backbone, read_weights
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -36,9 +37,12 @@ def trained(folder, keys=("student", "teacher", "optimizer", "center", "step")):
     """Leaves of the newest checkpoint, and the loss of every step."""
     saved = load_torch(Path(folder) / "checkpoint.pth")
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return flat({key: saved[key] for key in keys}), {
-        r["step"]: r["loss"] for r in lines if "loss" in r
-    }
+    losses = {}
+    for line in lines:
+        for name in ("loss", "lesion"):  # a run has one of both, or both
+            if name in line:
+                losses[line["step"]] = line[name]
+    return flat({key: saved[key] for key in keys}), losses
 
 
 def assert_same_run(one, other):
@@ -124,6 +128,37 @@ def test_stopped_and_resumed_is_uninterrupted(whole, tiny, monkeypatch, stop, wo
     monkeypatch.setattr(SSRL, "train_step", real)
     SSRL.main(replace(options, workers=workers), None)
     assert_same_run("run", whole[0])
+
+
+def test_a_run_that_looks_for_lesions_resumes_and_is_read_back(tiny, monkeypatch):
+    """Bit for bit, statistics of batch norm and all; evaluations see whole photographs larger."""
+    changed = {"stem": "conv", "lesion_weight": 1.0, "image_size": 64, "distillation_weight": 0.0}
+    changed |= {"local_crops_number": 0, "save_minutes": 1e9}
+    SSRL.main(tiny(output_dir="uninterrupted", **changed), None)
+    real = SSRL.train_step
+
+    def step_then_signal(state, *arguments):
+        measured = real(state, *arguments)
+        if state.step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return measured
+
+    monkeypatch.setattr(SSRL, "train_step", step_then_signal)
+    with pytest.raises(Stopped, match="step 7"):
+        SSRL.main(tiny(**changed), None)
+    monkeypatch.setattr(SSRL, "train_step", real)
+    SSRL.main(tiny(workers=1, **changed), None)
+    assert_same_run("run", "uninterrupted")
+
+    weights = read_weights("run")
+    assert (weights.spec.stem, weights.spec.image_size) == ("conv", 64)
+    teacher = load_torch(Path("run/checkpoint.pth"))["teacher"]
+    for name, value in load_backbone(weights).state_dict().items():
+        assert torch.equal(value, teacher[f"backbone.{name}"])
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "lesion" in line] == list(range(1, 11))
+    with pytest.raises(InputError, match="expected .*--stem conv"):
+        SSRL.main(tiny(output_dir="next", init="run"), None)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +247,8 @@ def test_more_epochs_continue_a_finished_run(tiny):
         {"use_bn_in_head": True},
         {"patch_weight": 1.0},
         {"patch_weight": 1.0, "centering": "sinkhorn", "use_bn_in_head": True},
+        {"lesion_weight": 1.0},
+        {"lesion_weight": 1.0, "patch_weight": 1.0, "koleo_weight": 0.1, "stem": "conv"},
     ],
     ids=str,
 )

@@ -437,3 +437,72 @@ def test_norm_last_layer_fixes_the_prototypes_lengths(fixed):
 def test_a_patch_that_does_not_divide_the_image_is_refused():
     with pytest.raises(InputError, match=r"--patch-size 16.*100"):
         Backbone(BackboneSpec("vit_pico", 16, 100))
+
+
+# ---------------------------------------------------------------------------- stem of convolutions
+
+
+@pytest.mark.parametrize("patch, size", [(4, 32), (8, 96), (16, 96), (32, 96)])
+def test_a_stem_of_convolutions_makes_one_token_a_patch(patch, size):
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec("vit_pico", patch, size, stem="conv")).eval()
+    assert backbone.is_plain
+    images = torch.randn(2, 3, size, size)
+    tokens = backbone.all_tokens(images)
+    assert tokens.patches.shape == (2, (size // patch) ** 2, 64)
+    torch.testing.assert_close(tokens.embedding, backbone(images), rtol=1e-4, atol=1e-5)
+    # Other sizes resample the position embedding, as with any stem.
+    assert backbone.all_tokens(images[:, :, : 2 * patch, : 2 * patch]).patches.shape[1] == 4
+    # Once trained, no photograph's tokens depend on others of its batch.
+    alone = backbone.all_tokens(images[1:]).patches
+    torch.testing.assert_close(alone, tokens.patches[1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_stem_of_convolutions_is_its_layers_one_by_one(training):
+    torch.manual_seed(0)
+    stem = Backbone(BackboneSpec("vit_pico", 8, 32, stem="conv")).vit.patch_embed
+    for number in (1, 4, 7):
+        stem.proj[number].running_mean.normal_()
+        stem.proj[number].running_var.uniform_(0.5, 2)
+    stem.train(training)
+    values = {name: value.detach().clone() for name, value in stem.state_dict().items()}
+    x = torch.randn(2, 3, 32, 32)
+    expected = x
+    for layer, channels in ((0, 32), (3, 32), (6, 64)):
+        expected = nn.functional.conv2d(expected, values[f"proj.{layer}.weight"], None, 2, 1)
+        assert expected.shape[1] == channels
+        mean = expected.mean(dim=(0, 2, 3))
+        variance = expected.var(dim=(0, 2, 3), unbiased=False)
+        if not training:
+            mean = values[f"proj.{layer + 1}.running_mean"]
+            variance = values[f"proj.{layer + 1}.running_var"]
+        shape = (1, channels, 1, 1)
+        scaled = (expected - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt()
+        expected = torch.relu(scaled)
+    expected = nn.functional.conv2d(expected, values["proj.9.weight"], values["proj.9.bias"])
+    found = stem(x).reshape(2, 4, 4, 64).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hidden_patch_shows_nothing_through_convolutions():
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec("vit_pico", 8, 32, stem="conv")).eval()
+    hidden = torch.ones(1, 16, dtype=torch.bool)
+    token = torch.randn(64)
+    one, other = (
+        backbone.all_tokens(torch.randn(1, 3, 32, 32), hidden, token).patches for _ in range(2)
+    )
+    assert torch.equal(one, other)
+
+
+def test_stems_that_cannot_be_are_refused():
+    with pytest.raises(InputError, match="--patch-size 4, 8, 16, 32, not 14"):
+        Backbone(BackboneSpec("vit_pico", 14, 28, stem="conv"))
+    with pytest.raises(InputError, match="expected linear or conv"):
+        Backbone(BackboneSpec("vit_pico", 16, 32, stem="cubic"))
+
+
+def test_timm_has_no_network_with_this_stem():
+    assert BackboneSpec("vit_small", 16, 224).timm_name
+    assert BackboneSpec("vit_small", 16, 224, stem="conv").timm_name == ""

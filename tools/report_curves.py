@@ -60,6 +60,7 @@ CHARTS: tuple[tuple[str, dict[str, str], bool], ...] = (
     ("self-distillation loss", {"loss": "loss"}, False),
     ("KoLeo term", {"koleo": "KoLeo"}, False),
     ("patch term", {"patch": "patch"}, False),
+    ("lesion term", {"lesion": "lesion"}, False),
     ("learning rate", {"lr": "learning rate"}, False),
     (
         "k-NN on validation: accuracy",
