@@ -463,7 +463,7 @@ class Progress:
                 qwk = f"{values['knn_qwk']:.3f}"
             text = ", val k-NN {knn_accuracy:.3f} (majority {knn_majority:.3f}), qwk "
             self._knn = text.format(**values) + qwk
-        if "lr" in values:
+        if "loss" in values or "lesion" in values:
             self._bar.set_postfix_str(shown + self._knn)
         if self._bar.disable:
             self._show_line(shown, always="rankme" in values)

@@ -130,8 +130,7 @@ class Colour(NamedTuple):
 
 def _mix(rng: Generator, paint: Paint) -> Colour:
     """Return a kind's colour on a picture."""
-    low, high = np.log(STRENGTHS)
-    strength = math.exp(rng.uniform(low, high))
+    strength = rng.uniform(*STRENGTHS)
     tint = np.exp(TINT * rng.normal(size=3))
     if paint.density is not None:
         return Colour(paint.density * tint * strength, None, 1.0)

@@ -95,7 +95,7 @@ def test_what_lies_over_the_edge_is_cut_off(corner):
     inside = (columns > corner.real + 1) & (columns < corner.real + 11)
     inside &= (rows > corner.imag + 1) & (rows < corner.imag + 11)
     assert (mask[inside] > 190).all()
-    expected = 100 * np.exp(-mask / np.float32(255))
+    expected = 100 * np.exp(-(mask.astype(np.float32) / 255))
     np.testing.assert_allclose(painted, np.repeat(expected[..., None], 3, axis=2), rtol=1e-5)
 
 
