@@ -27,7 +27,13 @@ from fundus.layouts import open_data
 from fundus.manifest import Manifest, Record
 from fundus.painting import known_lesions, paint_lesions
 from fundus.photographs import PhotographError, load_photograph, open_photograph, pad_square
-from fundus.synthetic import SYNTHETIC_COUNT, SYNTHETIC_MAX, synthetic_manifest
+from fundus.synthetic import (
+    SYNTHETIC_COUNT,
+    SYNTHETIC_MAX,
+    SYNTHETIC_SIZE,
+    SYNTHETIC_SIZES,
+    synthetic_manifest,
+)
 from utils import InputError, log, shorten
 
 SYNTHETIC_MIN = 10  # photographs, of 5 patients: fewer make no set with three splits
@@ -43,8 +49,8 @@ class DataOptions:
     """Where the photographs are."""
 
     data: Annotated[str, tyro.conf.arg(aliases=("--data-path",))] = ""
-    """synthetic[:N], a prepared folder, class folders, a folder of photographs, or a data set as
-    downloaded."""
+    """synthetic[:N[@SIZE]], a prepared folder, class folders, a folder of photographs, or a data
+    set as downloaded."""
 
 
 # ------------------------------------------------------------------------------- which photographs
@@ -55,9 +61,9 @@ def open_manifest(data: str) -> Manifest:
     """
     if not data:
         raise InputError("--data: name the photographs to use (a folder, or synthetic)")
-    name, _, count = data.partition(":")
+    name, _, asked = data.partition(":")
     if name == "synthetic":
-        manifest = synthetic_manifest(_synthetic_count(count))
+        manifest = synthetic_manifest(*_read_synthetic(asked))
     else:
         manifest = open_data(Path(data), linked=same_files)
     for note in manifest.notes:
@@ -65,17 +71,28 @@ def open_manifest(data: str) -> Manifest:
     return manifest
 
 
-def _synthetic_count(text: str) -> int:
-    """Return N of synthetic:N, the usual number where it is left out."""
+def _read_synthetic(text: str) -> tuple[int, int]:
+    """Return N and SIZE of synthetic:N@SIZE, the usual numbers where they are left out."""
+    count, at, size = text.partition("@")
+    least, largest = SYNTHETIC_SIZES
+    number = _read_number(count, SYNTHETIC_COUNT, SYNTHETIC_MIN, SYNTHETIC_MAX)
+    side = _read_number(size, 0 if at else SYNTHETIC_SIZE, least, largest)
+    if not number or not side:
+        raise InputError(
+            f"--data synthetic:{shorten(text)}: expected synthetic:N or synthetic:N@SIZE with N "
+            f"photographs, {SYNTHETIC_MIN} to {SYNTHETIC_MAX}, of SIZE pixels, {least} to {largest}"
+        )
+    return number, side
+
+
+def _read_number(text: str, usual: int, least: int, most: int) -> int:
+    """Return a number, the usual one for an empty text, and 0 for anything out of range."""
     if not text:
-        return SYNTHETIC_COUNT
+        return usual
     # The length comes first: Python reads no number of more than 4,300 digits.
     is_number = text.isdecimal() and len(text) <= 20
-    if not is_number or not SYNTHETIC_MIN <= int(text) <= SYNTHETIC_MAX:
-        raise InputError(
-            f"--data synthetic:{shorten(text)}: expected synthetic:N with N photographs, "
-            f"{SYNTHETIC_MIN} to {SYNTHETIC_MAX}"
-        )
+    if not is_number or not least <= int(text) <= most:
+        return 0
     return int(text)
 
 

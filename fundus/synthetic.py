@@ -47,7 +47,8 @@ from utils import InputError, log, sha256_of, write_json
 
 SYNTHETIC_COUNT = 1000  # photographs, unless somebody says how many
 SYNTHETIC_MAX = 1_000_000  # some 24 GB of files, and 17 hours of drawing on two cores
-SYNTHETIC_SIZE = 256  # side of a photograph in pixels
+SYNTHETIC_SIZE = 256  # side of a photograph in pixels, unless somebody says which
+SYNTHETIC_SIZES = (64, 2048)  # the least and the largest
 
 # Part of the cache's name. Raise it with every change of the drawing, so that none is mixed up.
 SYNTHETIC_VERSION = 3
@@ -370,10 +371,10 @@ def _develop(
 # ----------------------------------------------------------------------------------------- folder
 
 
-def synthetic_manifest(count: int) -> Manifest:
+def synthetic_manifest(count: int, size: int = SYNTHETIC_SIZE) -> Manifest:
     """Return the cached folder of `count` drawn photographs; draw it if it is not there yet.
 
-    Raises InputError for a count above SYNTHETIC_MAX.
+    `size` is their side in pixels. Raises InputError for a count above SYNTHETIC_MAX.
     """
     if count > SYNTHETIC_MAX:
         raise InputError(
@@ -381,14 +382,16 @@ def synthetic_manifest(count: int) -> Manifest:
         )
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssrl"
-    folder = cache / f"synthetic-{count}-{SYNTHETIC_SIZE}-v{SYNTHETIC_VERSION}"
+    folder = cache / f"synthetic-{count}-{size}-v{SYNTHETIC_VERSION}"
     if not (folder / "manifest.csv").is_file():
-        draw_folder(folder, count)
+        draw_folder(folder, count, size=size)
     return read_manifest(folder)
 
 
-def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
+def draw_folder(folder: Path, count: int, seed: int = 0, *, size: int = SYNTHETIC_SIZE) -> None:
     """Draw `count` photographs with their lesion masks as a prepared folder, on all cores.
+
+    `size` is the side of the photographs in pixels.
 
     `folder` receives images/*.jpg, masks/<image>_<lesion>.png (255 inside, only where there is such
     a lesion) and manifest.csv, the manifest last: a folder that has it is complete.
@@ -398,7 +401,7 @@ def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
     eyes = plan_eyes(count, seed)
     log.info("drawing %d synthetic photographs into %s", count, folder)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        drawn = pool.map(partial(_draw_into, folder), eyes, chunksize=8)
+        drawn = pool.map(partial(_draw_into, folder, size), eyes, chunksize=8)
         digests = list(tqdm(drawn, total=count, desc="draw", disable=None))
 
     records = []
@@ -413,17 +416,17 @@ def draw_folder(folder: Path, count: int, seed: int = 0) -> None:
             sha256=digest,
         )
         records.append(record)
-    write_json(folder / "data_report.json", {"layout": "synthetic", "size": SYNTHETIC_SIZE})
+    write_json(folder / "data_report.json", {"layout": "synthetic", "size": size})
     write_manifest(folder, split_patients(records))
 
 
-def _draw_into(folder: Path, eye: DrawnEye) -> str:
+def _draw_into(folder: Path, size: int, eye: DrawnEye) -> str:
     """Write a photograph and its masks, cropped to the fundus; return the photograph's SHA-256."""
     # The frame is higher than the picture, because most fundi do not fill it.
-    frame, masks = draw_photograph(eye, height=SYNTHETIC_SIZE * 9 // 8)
+    frame, masks = draw_photograph(eye, height=size * 9 // 8)
     box = find_fundus(frame)
     path = folder / "images" / f"{eye.name}.jpg"
-    picture = Image.fromarray(crop_square(frame, box, SYNTHETIC_SIZE))
+    picture = Image.fromarray(crop_square(frame, box, size))
     picture.save(path, quality=95, subsampling=0)
 
     for lesion, mask in masks.items():
@@ -431,7 +434,7 @@ def _draw_into(folder: Path, eye: DrawnEye) -> str:
             continue
         # All pixels that hold some of a lesion count, so that those of one pixel survive.
         white = mask.astype(np.uint8) * 255
-        share = crop_square(white, box, SYNTHETIC_SIZE, Image.Resampling.BOX)
+        share = crop_square(white, box, size, Image.Resampling.BOX)
         inside = (share > 0).astype(np.uint8) * 255
         Image.fromarray(inside).save(folder / "masks" / f"{eye.name}_{lesion}.png")
     return sha256_of(path)

@@ -406,37 +406,57 @@ TOO_MANY = ["9" * 20, "9" * 5000, "1000001"]
 
 
 @pytest.mark.parametrize(
-    "count", ["5", "9", "0", "x", "-20", "+20", "1e3", "20.0", "inf", "nan", " 20", *TOO_MANY]
+    "count",
+    [
+        "5",
+        "9",
+        "0",
+        "x",
+        "-20",
+        "+20",
+        "1e3",
+        "20.0",
+        "inf",
+        "nan",
+        " 20",
+        "20@",
+        "20@x",
+        "20@63",
+        "@2049",
+        *TOO_MANY,
+    ],
 )
 def test_counts_of_drawn_photographs_that_are_refused(count, monkeypatch):
-    monkeypatch.setattr(data, "synthetic_manifest", lambda count: pytest.fail(f"drew {count}"))
+    monkeypatch.setattr(data, "synthetic_manifest", lambda *asked: pytest.fail(f"drew {asked}"))
     with pytest.raises(InputError) as caught:
         data.open_manifest(f"synthetic:{count}")
     message = str(caught.value)
     assert message.startswith(f"--data synthetic:{count[:40]}")
-    assert message.endswith("expected synthetic:N with N photographs, 10 to 1000000")
-    assert len(message) < 200
+    assert message.endswith("N photographs, 10 to 1000000, of SIZE pixels, 64 to 2048")
+    assert len(message) < 240
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
+    ("name", "count", "size"),
     [
-        ("synthetic", synthetic.SYNTHETIC_COUNT),
-        ("synthetic:", synthetic.SYNTHETIC_COUNT),
-        ("synthetic:10", 10),
-        ("synthetic:1000000", 1_000_000),
+        ("synthetic", synthetic.SYNTHETIC_COUNT, 256),
+        ("synthetic:", synthetic.SYNTHETIC_COUNT, 256),
+        ("synthetic:10", 10, 256),
+        ("synthetic:1000000", 1_000_000, 256),
+        ("synthetic:10@512", 10, 512),
+        ("synthetic:@64", synthetic.SYNTHETIC_COUNT, 64),
     ],
 )
-def test_counts_of_drawn_photographs(name, count, monkeypatch):
+def test_counts_of_drawn_photographs(name, count, size, monkeypatch):
     asked = []
 
-    def draw(count):
-        asked.append(count)
+    def draw(*numbers):
+        asked.append(numbers)
         return Manifest(Path("drawn"), (), True, "test")
 
     monkeypatch.setattr(data, "synthetic_manifest", draw)
     assert data.open_manifest(name).root == Path("drawn")
-    assert asked == [count]
+    assert asked == [(count, size)]
 
 
 @pytest.mark.parametrize("name", ["synth", ""])

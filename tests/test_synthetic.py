@@ -312,6 +312,17 @@ def test_synthetic_is_a_prepared_folder_with_masks(manifest, own_home):
         assert set(np.unique(np.asarray(Image.open(mask)))) == {0, 255}
 
 
+def test_photographs_are_drawn_as_large_as_asked(own_home):
+    larger = synthetic.synthetic_manifest(10, 96)
+    assert larger.root.name.startswith("synthetic-10-96-")
+    for path in (larger.root / "images").iterdir():
+        with Image.open(path) as picture:
+            assert picture.size == (96, 96)
+    for path in (larger.root / "masks").iterdir():
+        with Image.open(path) as mask:
+            assert mask.size == (96, 96)
+
+
 def test_synthetic_is_drawn_once(manifest, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("drawn again")
@@ -346,7 +357,7 @@ def test_as_many_as_are_allowed_are_drawn(monkeypatch):
     class Reached(Exception):
         pass
 
-    def stop(folder, count):
+    def stop(folder, count, **_size):
         raise Reached(count)
 
     monkeypatch.setattr(synthetic, "draw_folder", stop)
