@@ -47,6 +47,10 @@ CACHE = 2**18  # numbers in fp32 that, a few times over, fit a core's cache
 MASK_SHARES = (0.1, 0.5)  # of a crop's patches, as DINOv2 draws them (arXiv 2304.07193)
 MASK_STREAM = 1  # makes the generator of masks another one than that of views
 
+DARKEST_FUNDUS = 16  # grey levels; JPEG leaves some noise in the black surround
+FUNDUS_STEP = 8  # pixels between those that are asked whether they show the fundus
+FUNDUS_TRIES = 10  # windows that are drawn until one shows enough of it; then the last one is taken
+
 LEAST_LESION = 0.3  # share of a pixel that a lesion covers; a patch with such a pixel holds it
 
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -75,6 +79,8 @@ class MultiCropOptions(ViewOptions):
     """Least and largest share of the photograph's area that a global crop holds."""
     local_crops_scale: Annotated[tuple[float, float], Bounds(1e-4, 1)] = (0.05, 0.4)
     """Least and largest share of the photograph's area that a local crop holds."""
+    min_fundus: Annotated[float, Bounds(0, 1)] = 0.0
+    """Least share of a crop that shows the fundus, which its middle then does too; 0: any."""
     local_crops_number: Annotated[int, Bounds(0, 100)] = 6
     """Local crops of each photograph."""
     color_strength: Annotated[float, Bounds(0, 2.5)] = 1.0
@@ -179,6 +185,11 @@ class MultiCrop:
     ) -> Tensor:
         """Cut one view, turned and flipped at random."""
         window = draw_window(photograph.shape[-2:], recipe.scale, rng)
+        if self.options.min_fundus:
+            for _ in range(FUNDUS_TRIES - 1):
+                if shows_fundus(photograph, window, self.options.min_fundus):
+                    break
+                window = draw_window(photograph.shape[-2:], recipe.scale, rng)
         rotation = self.options.rotation
         angle = rng.uniform(-rotation, rotation) if rotation else 0.0
         crop = cut(photograph, window, recipe.size, angle)
@@ -238,6 +249,16 @@ def draw_window(
     h = min(height, round(width * 4 / 3))
     w = min(width, round(height * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def shows_fundus(photograph: Tensor, window: Window, least: float) -> bool:
+    """Say whether a window's middle, and a share of at least `least` of it, are not black."""
+    top, left, h, w = window
+    middle = photograph[:3, top + h // 2, left + w // 2]
+    if int(middle.amax()) <= DARKEST_FUNDUS:
+        return False
+    sampled = photograph[:3, top : top + h : FUNDUS_STEP, left : left + w : FUNDUS_STEP]
+    return float((sampled.amax(dim=0) > DARKEST_FUNDUS).float().mean()) >= least
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:

@@ -180,6 +180,41 @@ def test_scales_and_angles_are_those_of_the_options(monkeypatch, photograph):
     assert -20 <= min(angles) < -14 and 14 < max(angles) <= 20
 
 
+def test_crops_hold_a_least_share_of_the_fundus():
+    """A disc in a black square; a crop as large as a window is the window itself."""
+    rows, columns = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    disc = ((rows - 128) ** 2 + (columns - 128) ** 2 < 128**2).to(torch.uint8) * 100
+    photograph = disc.expand(3, 256, 256)
+    scale = (0.05, 0.1)
+    shares = {}
+    for least in (0.0, 0.8):
+        crops = multi_crop(64, 32, global_crops_scale=scale, min_fundus=least)
+        items = [crops(photograph, (key,))["global"] for key in range(300)]
+        lit = (torch.cat(items)[:, 0] > 50).float()
+        shares[least] = lit.mean(dim=(1, 2))
+        on_fundus = lit[:, 32, 32].mean()
+    assert shares[0.0].min() < 0.3
+    assert shares[0.8].min() > 0.75  # every eighth pixel is asked
+    assert on_fundus == 1
+
+
+def test_a_photograph_without_fundus_has_crops_too():
+    crops = multi_crop(32, 16, min_fundus=0.9)
+    item = crops(torch.zeros(3, 64, 64, dtype=torch.uint8), (0,))
+    assert item["global"].shape == (2, 3, 32, 32)
+
+
+def test_what_shows_the_fundus_by_hand():
+    photograph = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    photograph[1, :, 32:] = 17
+    assert augment.shows_fundus(photograph, (0, 32, 64, 32), 1.0)
+    assert augment.shows_fundus(photograph, (0, 0, 64, 64), 0.5)
+    assert not augment.shows_fundus(photograph, (0, 0, 64, 64), 0.6)
+    assert not augment.shows_fundus(photograph, (0, 0, 64, 48), 0.0)  # its middle is black
+    photograph[1] = 16
+    assert not augment.shows_fundus(photograph, (0, 32, 64, 32), 0.1)
+
+
 def test_flips():
     ramp = torch.arange(0, 240, 4, dtype=torch.uint8).expand(3, 60, 60)
     images = {"horizontal": ramp, "vertical": ramp.transpose(1, 2).contiguous()}
