@@ -423,12 +423,12 @@ def build_run(
 
 # ------------------------------------------------------------------------------------------ a step
 class Loss(NamedTuple):
-    """The objective on a micro-batch, or one term of it."""
+    """The objective on a micro-batch."""
 
     total: Tensor  # a scalar, to be differentiated
     terms: dict[str, Tensor]  # each term by name: a scalar without weight and gradient
-    targets: Tensor | None = None  # (2, B, K), the teacher's, of [CLS]
-    means: dict[str, Tensor] = {}  # (K,) of the teacher's logits, by the State's centre they move
+    targets: Tensor | None  # (2, B, K), the teacher's, of [CLS]
+    means: dict[str, Tensor]  # (K,) of the teacher's logits, by the State's centre that they move
 
 
 def compute_loss(
@@ -619,8 +619,9 @@ def update_teacher(teacher: vit.Network, student: vit.Network, momentum: float) 
     """
     for ours, theirs in ((teacher.backbone, student.backbone), (teacher.head, student.head)):
         torch._foreach_lerp_(list(ours.parameters()), list(theirs.parameters()), 1 - momentum)
-        for own, other in zip(ours.buffers(), theirs.buffers(), strict=True):
-            own.copy_(other)
+        statistics = list(ours.buffers())
+        if statistics:
+            torch._foreach_copy_(statistics, list(theirs.buffers()))
 
 
 # ------------------------------------------------------------------------------------------ epochs
