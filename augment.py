@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +34,23 @@ KEPT = YIQ_TO_RGB @ np.diag([1, 0, 0]) @ RGB_TO_YIQ
 COSINE = YIQ_TO_RGB @ np.diag([0, 1, 1]) @ RGB_TO_YIQ
 SINE = YIQ_TO_RGB @ np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]]) @ RGB_TO_YIQ
 
-# What the 14 numbers of a crop's colour change are, in this order.
+# What the 15 numbers of a crop's colour change are, in this order.
 MATRIX = slice(0, 9)  # of RGB, 0 to 1, row by row
 OFFSET = slice(9, 12)
 SIGMA = 12  # of the blur in pixels; 0: none
 THRESHOLD = 13  # of solarizing, NO_SOLARIZE: none
+GAMMA = 14  # RGB is raised to it before all else; 1: stays
 
 BLUR_RADIUS = 6  # pixels each side: three of the largest sigma, 2
 NO_SOLARIZE = 2.0  # a threshold that no pixel reaches
+
+# How much cameras and eyes differ: standard deviations of the logarithm of each factor.
+EXPOSURE = 0.15
+WHITE_BALANCE = 0.18  # of each of red, green and blue
+TONE = 0.25  # of gamma
+SATURATION = 0.35
+CONTRAST = 0.25
+
 CACHE = 2**18  # numbers in fp32 that, a few times over, fit a core's cache
 
 MASK_SHARES = (0.1, 0.5)  # of a crop's patches, as DINOv2 draws them (arXiv 2304.07193)
@@ -83,8 +92,13 @@ class MultiCropOptions(ViewOptions):
     """Least share of a crop that shows the fundus, which its middle then does too; 0: any."""
     local_crops_number: Annotated[int, Bounds(0, 100)] = 6
     """Local crops of each photograph."""
+    jitter: Literal["dino", "camera"] = "dino"
+    """How colours change. dino: its jitter, grey and solarized crops; camera: what cameras and eyes
+    differ in, which is exposure, white balance, gamma, saturation and contrast."""
     color_strength: Annotated[float, Bounds(0, 2.5)] = 1.0
-    """Multiplies DINO's colour jitter (0.4 brightness, 0.4 contrast, 0.2 saturation, 0.1 hue)."""
+    """Multiplies the jitter (DINO's is 0.4 brightness, 0.4 contrast, 0.2 saturation, 0.1 hue)."""
+    noise: Annotated[float, Bounds(0, 1)] = 0.0
+    """Largest noise of a crop, as a Gaussian's standard deviation; 1 is from black to white."""
     blur_sigma: Annotated[tuple[float, float], Bounds(1e-3, 2)] = (0.1, 2.0)
     """Least and largest blur of a crop, as a Gaussian's sigma in pixels."""
 
@@ -133,8 +147,13 @@ class MultiCrop:
     def recipes(self) -> list[ViewRecipe]:
         """One recipe a view, global ones first."""
         o = self.options
-        first = ViewRecipe(o.global_crop_size, o.global_crops_scale, blur=1.0, solarize=0.0)
-        second = ViewRecipe(o.global_crop_size, o.global_crops_scale, blur=0.1, solarize=0.2)
+        if o.jitter == "camera":
+            # Both alike: what is small is to be seen in either.
+            first = ViewRecipe(o.global_crop_size, o.global_crops_scale, blur=0.5, solarize=0.0)
+            second = first
+        else:
+            first = ViewRecipe(o.global_crop_size, o.global_crops_scale, blur=1.0, solarize=0.0)
+            second = ViewRecipe(o.global_crop_size, o.global_crops_scale, blur=0.1, solarize=0.2)
         local = ViewRecipe(o.local_crop_size, o.local_crops_scale, blur=0.5, solarize=0.0)
         return [first, second] + [local] * o.local_crops_number
 
@@ -150,7 +169,7 @@ class MultiCrop:
     def __call__(self, photograph: Tensor, key: tuple[int, ...]) -> dict[str, Tensor]:
         """Return the views of a uint8 photograph (3 + K, h, w) for a key of non-negative integers.
 
-        `global` (2, 3, G, G) and `local` (V, 3, L, L) are uint8; `color` (2 + V, 14) is float32, as
+        `global` (2, 3, G, G) and `local` (V, 3, L, L) are uint8; `color` (2 + V, 15) is float32, as
         MATRIX and the constants beside it say. With a mask grid, `mask` (2, N) is bool; with masks
         of lesions, `lesions` (2, N, K) is bool.
         """
@@ -163,6 +182,8 @@ class MultiCrop:
             if is_global and self.lesion_grid:
                 lesions.append(find_lesions(crop[3:], self.lesion_grid))
             crop = crop[:3]
+            if self.options.noise:
+                crop = add_noise(crop, rng.uniform(0, self.options.noise), rng)
             crops.append(crop)
             colors.append(self._draw_color(crop, recipe, rng))
         item = {
@@ -196,16 +217,20 @@ class MultiCrop:
         return flip_at_random(crop, rng, vertical=self.options.flip_vertical)
 
     def _draw_color(self, crop: Tensor, recipe: ViewRecipe, rng: np.random.Generator) -> np.ndarray:
-        """Draw what `apply_color` does to a crop: float32 (14,)."""
+        """Draw what `apply_color` does to a crop: float32 (15,)."""
         mean = crop.float().mean(dim=(1, 2)).numpy() / 255
-        matrix_and_offset = draw_color(mean, self.options.color_strength, rng)
+        gamma = 1.0
+        if self.options.jitter == "camera":
+            matrix_and_offset, gamma = draw_camera(mean, self.options.color_strength, rng)
+        else:
+            matrix_and_offset = draw_color(mean, self.options.color_strength, rng)
         sigma = 0.0
         if rng.random() < recipe.blur:
             sigma = rng.uniform(*self.options.blur_sigma)
         threshold = NO_SOLARIZE
         if rng.random() < recipe.solarize:
             threshold = 0.5
-        return np.array([*matrix_and_offset, sigma, threshold], dtype=np.float32)
+        return np.array([*matrix_and_offset, sigma, threshold, gamma], dtype=np.float32)
 
 
 def find_lesions(masks: Tensor, grid: int) -> Tensor:
@@ -263,9 +288,13 @@ def shows_fundus(photograph: Tensor, window: Window, least: float) -> bool:
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """Resize uint8 (C, h, w) with antialiased bicubic, equal to Pillow's within rounding."""
-    # torch has its fast path for uint8 images whose channels lie side by side.
-    batch = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-    return F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True).squeeze(0)
+    # torch has its fast path for uint8 images whose channels, 4 at most, lie side by side.
+    parts = []
+    for channels in image.split(4):
+        batch = channels.unsqueeze(0).contiguous(memory_format=torch.channels_last)
+        resized = F.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)
+        parts.append(resized.squeeze(0))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def cut(image: Tensor, window: Window, size: int, angle: float = 0.0) -> Tensor:
@@ -343,6 +372,32 @@ def draw_color(mean: np.ndarray, strength: float, rng: np.random.Generator) -> n
         matrix = _saturation(0.0) @ matrix
         offset = _saturation(0.0) @ offset
     return np.concatenate([matrix.ravel(), offset]).astype(np.float32)
+
+
+def draw_camera(
+    mean: np.ndarray, strength: float, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """Draw another camera's, or another eye's, colours of a crop of RGB mean `mean` (0-1).
+
+    Returns matrix and offset, float32 (12,), and the gamma that RGB is raised to before them. A
+    lesion is no darker than the retina around it by hue or by brightness alone, so that none of
+    both is turned off, as in DINO's grey crops.
+    """
+    saturation = math.exp(strength * SATURATION * rng.normal())
+    gamma = math.exp(strength * TONE * rng.normal())
+    balance = np.exp(strength * WHITE_BALANCE * rng.normal(size=3))
+    exposure = math.exp(strength * EXPOSURE * rng.normal())
+    contrast = math.exp(strength * CONTRAST * rng.normal())
+    matrix = exposure * balance[:, None] * _saturation(saturation)
+    # Contrast is about the mean of each channel, which what is raised to gamma has nearly there.
+    offset = (1 - contrast) * (matrix @ mean**gamma)
+    return np.concatenate([(contrast * matrix).ravel(), offset]).astype(np.float32), gamma
+
+
+def add_noise(crop: Tensor, deviation: float, rng: np.random.Generator) -> Tensor:
+    """Return a crop, uint8 (3, h, w), with a sensor's noise: normal, `deviation` of 255 strong."""
+    noise = torch.from_numpy(rng.standard_normal(crop.shape, dtype=np.float32))
+    return noise.mul_(255 * deviation).add_(crop).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _saturation(factor: float) -> np.ndarray:
@@ -468,7 +523,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 def apply_color(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Change colour, blur, solarize and normalise a batch on its device.
 
-    `crops` is uint8 (B, 3, h, w) on the device, `color` float32 (B, 14) on the CPU as drawn, `mean`
+    `crops` is uint8 (B, 3, h, w) on the device, `color` float32 (B, 15) on the CPU as drawn, `mean`
     and `std` (3,) on the device. Returns float32 (B, 3, h, w).
     """
     # A CPU takes as many crops at a time as its cache holds, a GPU all of them.
@@ -484,8 +539,11 @@ def _color_part(crops: Tensor, color: Tensor, mean: Tensor, std: Tensor) -> Tens
     rows = color.to(crops.device, non_blocking=True)
     matrix = rows[:, MATRIX].view(-1, 3, 3)
     offset = rows[:, OFFSET].view(-1, 3, 1)
+    pixels = crops.float().flatten(2)
+    if (color[:, GAMMA] != 1).any():
+        pixels = pixels.div_(255).pow_(rows[:, GAMMA].view(-1, 1, 1)).mul_(255)
     # All of a crop's colours change by one product, from 0-255 to 0-1.
-    images = torch.baddbmm(offset, matrix / 255, crops.float().flatten(2))
+    images = torch.baddbmm(offset, matrix / 255, pixels)
     images = images.clamp_(0, 1).view(crops.shape)
 
     # Which crops are blurred or solarized is asked of the CPU's copy, so that no GPU is waited for.

@@ -65,9 +65,9 @@ class Fixed:
         return np.array(self.order)
 
 
-def row(color=None, sigma=0.0, threshold=2.0):
+def row(color=None, sigma=0.0, threshold=2.0, gamma=1.0):
     color = [*np.eye(3).ravel(), 0, 0, 0] if color is None else color
-    return torch.tensor([[*color, sigma, threshold]], dtype=torch.float32)
+    return torch.tensor([[*color, sigma, threshold, gamma]], dtype=torch.float32)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_sizes_and_number_of_views(photograph, number):
     item = multi_crop(40, 24, local_crops_number=number)(photograph, (0, 0, 0))
     assert item["global"].shape == (2, 3, 40, 40) and item["global"].dtype == torch.uint8
     assert item["local"].shape == (number, 3, 24, 24) and item["local"].dtype == torch.uint8
-    assert item["color"].shape == (2 + number, 14) and item["color"].dtype == torch.float32
+    assert item["color"].shape == (2 + number, 15) and item["color"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [(3, 30, 90), (3, 90, 30), (3, 1, 1), (3, 600, 500)])
@@ -302,6 +302,65 @@ def test_no_jitter_changes_nothing(middle):
     assert gap(apply_color(middle[None], row(color), ZERO, ONE)[0], middle / 255) < 1e-6
 
 
+class Normals:
+    """A generator whose draws from a normal distribution are given."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def normal(self, size=None):
+        return self.values.pop(0) if size is None else np.array(self.values.pop(0))
+
+
+def test_another_cameras_colours_are_torchvisions_sequence(middle):
+    saturation, gamma, balance, exposure, contrast = -1.2, 0.9, (0.5, -1.0, 0.3), 0.4, -0.8
+    expected = TF.adjust_gamma(middle.float() / 255, math.exp(0.25 * gamma))
+    expected = TF.adjust_saturation(expected, math.exp(0.35 * saturation))
+    expected = expected * torch.tensor(balance).mul(0.18).exp().view(3, 1, 1)
+    expected = TF.adjust_brightness(expected, math.exp(0.15 * exposure))
+    centre = expected.mean((1, 2), keepdim=True)
+    expected = centre + math.exp(0.25 * contrast) * (expected - centre)
+
+    mean = middle.float().mean((1, 2)).numpy() / 255
+    rng = Normals(saturation, gamma, balance, exposure, contrast)
+    color, power = augment.draw_camera(mean, 1.0, rng)
+    assert color.shape == (12,) and color.dtype == np.float32
+    found = apply_color(middle[None], row(color, gamma=power), ZERO, ONE)[0]
+    assert gap(found, expected) < 2e-3  # the mean is raised to gamma, not what has that mean
+    color, power = augment.draw_camera(mean, 0.0, np.random.default_rng(0))
+    unchanged = apply_color(middle[None], row(color, gamma=power), ZERO, ONE)[0]
+    assert gap(unchanged, middle / 255) < 1e-6
+
+
+def test_another_camera_shows_both_views_alike_in_colour_and_blurs_half():
+    photo, count = torch.randint(60, 200, (3, 12, 12)).byte(), 1500
+    crops = multi_crop(8, 8, local_crops_number=1, jitter="camera")
+    color = torch.stack([crops(photo, (key,))["color"] for key in range(count)]).double()
+    for view in range(3):
+        blurred = (color[:, view, 12] > 0).double().mean().item()
+        assert abs(blurred - 0.5) <= 4 * math.sqrt(0.25 / count)
+    assert (color[:, :, 13] == 2).all()  # nothing is solarized
+    matrix = color[:, :, :9].view(count, 3, 3, 3)
+    assert (matrix - matrix[:, :, :1]).abs().amax((2, 3)).min() > 1e-3  # nor grey
+    tone = color[:, :2, 14].log()
+    assert abs(tone.std().item() - 0.25) < 0.02 and abs(tone.mean().item()) < 0.02
+    assert abs(np.corrcoef(tone.T.numpy())[0, 1]) < 4 / math.sqrt(count)  # each view has its own
+
+
+def test_noise_is_as_strong_as_drawn_and_of_each_crop_its_own(photograph):
+    flat = torch.full((3, 200, 200), 120, dtype=torch.uint8)
+    noisy = augment.add_noise(flat, 0.02, np.random.default_rng(5)).float() - 120
+    assert abs(noisy.mean().item()) < 0.1
+    expected = math.sqrt((0.02 * 255) ** 2 + 1 / 12)  # and that of rounding
+    assert abs(noisy.std().item() - expected) < 0.05
+    crops = multi_crop(64, 32, noise=0.1, local_crops_number=1)
+    item, again = crops(photograph, (3,)), crops(photograph, (3,))
+    assert torch.equal(item["global"], again["global"])
+    clean = multi_crop(64, 32, local_crops_number=1)(photograph, (3,))
+    difference = item["global"][0].float() - clean["global"][0].float()
+    assert 0 < difference.std() <= 0.1 * 255 * 1.1
+
+
 @pytest.mark.parametrize("hue", [-0.1, 0.04, 0.1])
 def test_hue_keeps_luma_and_grey_and_turns_chroma(middle, hue):
     color = draw_color(np.array([0.4, 0.4, 0.4]), 1.0, Fixed(hue=hue))
@@ -368,7 +427,12 @@ def test_colour_is_the_same_for_one_crop_and_for_many(photograph):
     rng, many = np.random.default_rng(0), 9
     rows = torch.tensor(
         [
-            [*draw_color(np.full(3, 0.4), 1.0, rng), rng.uniform(0.1, 2) * (i % 2), 0.5 + i % 3]
+            [
+                *draw_color(np.full(3, 0.4), 1.0, rng),
+                rng.uniform(0.1, 2) * (i % 2),
+                0.5 + i % 3,
+                1 + 0.5 * (i % 2),
+            ]
             for i in range(many)
         ],
         dtype=torch.float32,
@@ -535,7 +599,7 @@ def test_views_of_evaluation(photograph):
 
 
 def test_contact_sheet_lays_a_photograph_a_row():
-    keep = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 2])
+    keep = row()[0]
     items = [
         {
             "global": torch.full((2, 3, 8, 8), value, dtype=torch.uint8),
