@@ -71,7 +71,8 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     is laid out for; 0: that of the global crops. For crops that are cut at a photograph's own
     resolution, its side."""
     init: str = "timm:vit_small_patch16_224.dino"
-    """Weights to start from: a run folder, a file, timm:NAME (downloads), or none."""
+    """Weights to start from: a run folder, a file, drawn (those that come with SSRL), timm:NAME
+    (downloads), or none."""
     checkpoint_key: Literal["teacher", "student"] = "teacher"
     """Which network of an --init file that holds both."""
     epochs: Annotated[int, Bounds(1, 1_000_000)] = 100

@@ -27,7 +27,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from run_folder import load_torch
-from utils import Bounds, InputError, log, sha256_of, write_atomic
+from utils import HERE, Bounds, InputError, log, sha256_of, write_atomic
 from vision_transformer import (
     ARCHS,
     IMAGENET_MEAN,
@@ -37,6 +37,9 @@ from vision_transformer import (
     blueprint,
     create_vit,
 )
+
+# Weights that come with SSRL, and the names by which --init and --pretrained know them.
+SHIPPED = {"drawn": HERE / "weights" / "drawn_vit_nano.safetensors"}
 
 # As Hugging Face's hub names them, with a config.json beside them.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -51,8 +54,8 @@ class BackboneOptions:
 
     pretrained: Annotated[str, tyro.conf.arg(aliases=("--pretrained-weights",))] = ""
     """Weights: a run folder, checkpoint.pth, a .safetensors, .bin, .pth or .ckpt file of another
-    project or a folder that holds one, timm:NAME (downloads), or none (random). Empty: the newest
-    run under runs/."""
+    project or a folder that holds one, drawn (those that come with SSRL), timm:NAME (downloads), or
+    none (random). Empty: the newest run under runs/."""
     checkpoint_key: Literal["teacher", "student"] = "teacher"
     """Which network of a checkpoint that holds both."""
     arch: str = ""
@@ -89,7 +92,7 @@ def read_weights(source: str, checkpoint_key: str = "teacher", *, arch: str = ""
     if source.startswith("timm:"):
         return _download(source, arch)
 
-    path = _find_file(Path(source), checkpoint_key)
+    path = _find_file(SHIPPED.get(source, Path(source)), checkpoint_key)
     file = _read_file(path, checkpoint_key)
     layout = find_layout(file)
     state = rename_weights(file, layout, checkpoint_key)
@@ -140,7 +143,7 @@ def _find_file(path: Path, checkpoint_key: str) -> Path:
     if not path.is_file():
         raise InputError(
             f"{path}: no such weights; expected a run folder, a .pth, .ckpt, .bin or .safetensors "
-            "file or a folder with one, timm:NAME or none"
+            f"file or a folder with one, {', '.join(SHIPPED)}, timm:NAME or none"
         )
     if path.suffix == ".safetensors" and checkpoint_key != "teacher":
         raise InputError(f"{path}: holds one network; name the run's checkpoint.pth instead")
