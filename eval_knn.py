@@ -2,6 +2,7 @@
 
     python eval_knn.py --k 15                                   # the newest run, on its own data
     python eval_knn.py --pretrained runs/NAME --k 5 10 15 20 --test-data OTHER
+    python eval_knn.py --pretrained runs/NAME --features handmade
 
 Weighted k-NN on the teacher's l2-normalised [CLS] (arXiv 2104.14294). Training photographs vote,
 test photographs are graded. Writes RUN/knn/: results.json, predictions.csv, doubtful.csv, pictures.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from evaluation import (
     GradedSet,
     Outcome,
     cached_features,
+    cached_handmade,
     evaluate_all,
     open_evaluation,
     training_records,
@@ -54,9 +56,14 @@ class Options(EvaluationOptions):
     """Numbers of neighbours; the headline is that of 15, or of the last one without 15."""
     temperature: Annotated[float, Bounds(1e-3, 100)] = 0.07
     """Votes are weighted by exp(cosine similarity / temperature)."""
+    features: Literal["backbone", "handmade"] = "backbone"
+    """Among what neighbours are looked for; handmade are statistics of the fundus, each in its
+    standard deviations among the training photographs: what a backbone must beat."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.protocol == "paper" and self.features != "backbone":
+            raise InputError("--features: expected none, since --protocol paper is on [CLS]")
         # Refused rather than ignored, so that no number is taken for another size's.
         if self.protocol == "paper" and self.image_size:
             raise InputError(
@@ -75,14 +82,38 @@ def name_protocol(options: Options, image_size: int) -> str:
     """Return what results.json calls the evaluation."""
     if options.protocol == "paper":
         return f"{options.headline}-NN, the paper's view (256, middle 224)"
+    if options.features == "handmade":
+        return f"{options.headline}-NN, on hand-made statistics"
     return f"{options.headline}-NN, whole view of {image_size} px"
 
 
 # ------------------------------------------------------------------------------------- nearest ones
-def extract_cls(evaluation: Evaluation, manifest: Manifest, records: Sequence[Record]) -> Tensor:
-    """Return the last block's [CLS] of records, (N, D)."""
+def extract(evaluation: Evaluation, manifest: Manifest, records: Sequence[Record]) -> Tensor:
+    """Return the last block's [CLS] of records, or their hand-made statistics: (N, D)."""
+    if evaluation.options.features == "handmade":
+        return cached_handmade(evaluation, manifest, records)["handmade"]
     found = cached_features(evaluation, manifest, records, evaluation.view, names=("cls",))
     return found["cls"][:, -1]
+
+
+class Scale(NamedTuple):
+    """What features are measured by before they are compared."""
+
+    center: Tensor  # (D,)
+    spread: Tensor  # (D,)
+
+    @classmethod
+    def of(cls, bank: Tensor, features: str) -> Scale:
+        """Return the mean and deviation of each statistic; embeddings (M, D) stay as they are."""
+        if features == "backbone":
+            return cls(torch.zeros(bank.shape[1]), torch.ones(bank.shape[1]))
+        # Hand-made statistics have units of their own, and the largest would hide the others.
+        spread = bank.std(dim=0, correction=0)
+        return cls(bank.mean(dim=0), torch.where(spread > 0, spread, 1.0))
+
+    def apply(self, features: Tensor) -> Tensor:
+        """Return features (N, D) in these units."""
+        return (features - self.center) / self.spread
 
 
 def predict(votes: Tensor, records: Sequence[Record]) -> metrics.Predictions:
@@ -114,7 +145,9 @@ def grade(
     headline = options.headline
     # Test sets share one bank of voters, whose features are extracted once.
     voter_grades = grades_of(training)
-    bank = extract_cls(evaluation, evaluation.manifest, training)
+    found = extract(evaluation, evaluation.manifest, training)
+    scale = Scale.of(found, options.features)
+    bank = scale.apply(found)
 
     def votes_on(queries: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
         grades = torch.from_numpy(voter_grades)
@@ -122,12 +155,12 @@ def grade(
 
     on_validation = None
     if validation:
-        asked = extract_cls(evaluation, evaluation.manifest, validation)
+        asked = scale.apply(extract(evaluation, evaluation.manifest, validation))
         on_validation = predict(votes_on(asked, [headline])[headline], validation)
 
     outcomes = []
     for test_set in sets:
-        queries = extract_cls(evaluation, test_set.manifest, test_set.records)
+        queries = scale.apply(extract(evaluation, test_set.manifest, test_set.records))
         votes = votes_on(queries, options.k)
         by_k = score_each_k(votes, test_set.records)
         outcome = Outcome(
@@ -211,6 +244,8 @@ def main(options: Options, config: Path | None) -> None:
     kind = "knn"
     if options.protocol == "paper":
         kind += "-paper"
+    if options.features != "backbone":
+        kind += f"-{options.features}"
     if options.folds:
         kind += "-folds"
     evaluation = open_evaluation(options, kind)

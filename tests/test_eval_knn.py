@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn import metrics as sk
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
 import eval_linear
 import utils
@@ -21,6 +22,7 @@ from augment import PaperView, WholeView
 from data import PhotographDataset, grades_of
 from eval_knn import Options, main, predict, score_each_k, spread_over_grades
 from features import extract_features, knn_predict
+from fundus.handmade import handmade_features
 from fundus.manifest import GRADES, Record
 from utils import InputError
 from vision_transformer import ARCHS, Architecture, BackboneSpec
@@ -288,6 +290,32 @@ def test_the_temperature_is_the_votes(run, tmp_path):
     lines = (tmp_path / "predictions.csv").read_text().splitlines()[1:]
     for line, shares in zip(lines, votes.tolist(), strict=True):
         assert [float(text) for text in line.split(",")[5:]] == pytest.approx(shares, abs=1e-5)
+
+
+def test_neighbours_among_hand_made_statistics_are_scikit_learns(run):
+    folder, manifest = run
+    main(options_of(run, k=(5, 15), features="handmade"), None)
+    results = read_results(folder / "knn-handmade")
+    assert results["protocol"] == "15-NN, on hand-made statistics"
+
+    pictures = WholeView(256)
+
+    def statistics(records):
+        dataset = PhotographDataset(manifest, records, pictures)
+        pixels = [dataset[i]["image"].permute(1, 2, 0).numpy() for i in range(len(records))]
+        return np.stack([handmade_features(picture) for picture in pixels])
+
+    train, test = manifest.split("train"), manifest.split("test")
+    scaler = StandardScaler().fit(statistics(train))
+    bank, queries = (scaler.transform(statistics(records)) for records in (train, test))
+    for row in results["by_k"]:
+        reference = KNeighborsClassifier(
+            row["k"], metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        )
+        expected = reference.fit(bank, grades_of(train)).predict(queries)
+        assert row["accuracy"] == pytest.approx(sk.accuracy_score(grades_of(test), expected))
+    with pytest.raises(InputError, match="--features"):
+        options_of(run, features="handmade", protocol="paper")
 
 
 @pytest.mark.parametrize("size", [40, -32])
