@@ -352,7 +352,8 @@ class Monitor:
             "rankme": rankme(fixed),
             "embedding_std": embedding_std(fixed),
         }
-        if latest:
+        # Without self-distillation nothing asks for more directions than there are kinds of lesions.
+        if latest and options.distillation_weight:
             collapse = name_collapse(latest | record, options.out_dim)
             if collapse:
                 log.warning("epoch %d: collapse, %s", epoch, collapse)

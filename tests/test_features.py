@@ -276,6 +276,7 @@ class TrainingOptions:
     out_dim: int = 1024
     epochs: int = 5
     knn_every: int = 2
+    distillation_weight: float = 1.0
 
 
 def test_training_looks_at_256_photographs_spread_over_train(manifest):
@@ -362,3 +363,7 @@ def test_a_collapse_is_warned_of_and_logged(manifest, caplog):
     caplog.clear()
     healthy = monitor.look(backbone, 1, TrainingOptions(), {**flat, "loss": 5.0})
     assert "collapse" not in healthy and not caplog.text
+    # Few kinds of lesions are few directions, and its remedies are about self-distillation.
+    low = {"embedding_std": 0.0, "rankme": 1.0}
+    alone = monitor.look(backbone, 1, TrainingOptions(distillation_weight=0.0), flat | low)
+    assert "collapse" not in alone and not caplog.text
