@@ -4,12 +4,15 @@ Run with `python -m pytest tests/test_benchmarks.py`.
 """
 
 import functools
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import written_runs
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +26,7 @@ from benchmarks import (
     bench_step,
     check_loss,
     measure,
+    study_quality,
     study_scratch,
 )
 from data import StepSampler
@@ -270,3 +274,83 @@ def test_a_run_is_judged_by_the_last_half_of_its_epochs():
         failed = [check for check, passed in verdict["checks"].items() if not passed]
         assert failed == broken
         assert not verdict["held"]
+
+
+# -------------------------------------------------------------------------------------- how well
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study of one recipe and two seeds, whose programs write what is made up at once."""
+    monkeypatch.setattr(study_quality, "ROOT", tmp_path)
+    asked = []
+    skills = {"knn-end": 0.6, "linear-end": 0.9, "knn-handmade": 0.3, "linear-handmade": 0.5}
+
+    def call(script, *options):
+        asked.append([script, *options])
+        folder = Path(options[options.index("--output-dir") + 1])
+        if script == "SSRL.py":
+            written_runs.write_training(folder, epochs=1)
+            first, *others = (folder / "log.jsonl").read_text().splitlines()
+            line = json.loads(first)
+            line["options"] |= {"accumulate": 1, "processes": 1}
+            (folder / "log.jsonl").write_text("\n".join([json.dumps(line), *others]) + "\n")
+            for name in ("backbone.safetensors", "checkpoint-0000.pth", "checkpoint-0006.pth"):
+                (folder / name).touch()
+            return
+        seed = len(asked)
+        skill = skills.get(folder.name, 0.0)
+        for test_set in ("", "other"):
+            written_runs.write_evaluation(folder / test_set, seed, skill=skill)
+
+    monkeypatch.setattr(study_quality, "call", call)
+    (tmp_path / "recipe.yaml").write_text("arch: vit_nano\n")
+    found = study_quality.Study("x", "graded", ("sets/other",), 1.0, False, ("--lr", "1"))
+    return found, asked
+
+
+def test_recipes_of_a_study_train_for_the_same_minutes(study, tmp_path):
+    found, asked = study
+    run = study_quality.train(found, tmp_path / "recipe.yaml", 7)
+    assert run == tmp_path / "runs" / "quality-x" / "recipe-7"
+    trial, whole = asked
+    assert trial[trial.index("--epochs") + 1] == "1"
+    # An epoch of 10 steps of 32 photographs at 160 a second takes 2 seconds: 30 in a minute.
+    assert whole[whole.index("--epochs") + 1] == "30"
+    assert whole[whole.index("--keep-every") + 1] == "6"
+    for command in asked:
+        assert command[command.index("--data") + 1] == "graded"
+        assert command[command.index("--lr") + 1] == "1"
+        assert command[command.index("--seed") + 1] == "7"
+
+    (tmp_path / "recipe.yaml").write_text("data: synthetic\n")
+    study_quality.train(found, tmp_path / "recipe.yaml", 8)
+    assert len(asked) == 3, "one trial serves all seeds"
+    assert "--data" not in asked[-1]
+
+
+def test_a_study_compares_all_seeds_with_hand_made_statistics(study, tmp_path, capsys):
+    found, asked = study
+    runs = [study_quality.train(found, tmp_path / "recipe.yaml", seed) for seed in (0, 1)]
+    lines = study_quality.judge(found, {"recipe": runs})
+    rows = study_quality.tabulate(found, lines)
+    methods = ["recipe", "recipe, untrained"] * 2 + ["hand-made"] * 2 + ["mean colours"]
+    assert [row["method"] for row in rows] == methods * 2
+    assert [row["test"] for row in rows] == ["graded"] * 7 + ["other"] * 7
+    linear = next(r for r in rows if r["method"] == "recipe" and r["evaluation"] == "linear")
+    assert len(linear["referable_auroc"]) == 2
+    handmade = rows[5]["referable_auroc"]
+    gain = linear["referable_auroc_beyond_handmade"]
+    assert gain["value"] == pytest.approx(np.mean(linear["referable_auroc"]) - handmade[0])
+    assert gain["ci95"][0] < gain["value"] < gain["ci95"][1]
+    assert rows[5]["referable_auroc_beyond_handmade"]["value"] == 0
+    study_quality.print_table(rows)
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(rows) and f"{gain['value']:+.3f} [" in table[4]
+
+    before = len(asked)
+    study_quality.judge(found, {"recipe": runs})
+    assert len(asked) == before, "nothing is evaluated twice"
+    curve = study_quality.read_curve(found, runs[0])
+    assert [point["minutes"] for point in curve] == pytest.approx([0, 6 * 2 / 60])
+    assert set(curve[0]) == {"minutes", "qwk", "referable_auroc"}
+    study_quality.draw(found, {"recipe": [curve]}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000

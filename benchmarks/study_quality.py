@@ -1,0 +1,311 @@
+"""How well do frozen features grade, which recipe teaches them best, and how soon?
+
+    python -m benchmarks.study_quality --name lesions --data PREPARED --minutes 30 \
+        --configs configs/drawn.yaml configs/scratch.yaml --test-data OTHER
+
+Trains every config for the same minutes with every seed. The epochs that these take are found by
+one epoch of trial on this machine, so that learning rates end where they should. Recipes without
+`data` of their own learn from the training split of `--data`. Then k-NN and linear probe judge the
+frozen network on the test split, or by `--folds` on all photographs, and on `--test-data`, beside
+the untrained network, mean colours and hand-made statistics. Some epochs on the way are judged by
+k-NN.
+
+Writes runs/quality-NAME/, docs/quality-NAME.png and benchmarks/results/quality-NAME.json, and
+prints the table. What is there already is not made again, so that a study that was stopped goes on.
+Options that this script does not know go to SSRL.py, to try a change of the recipes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from tools.report_compare import compare
+
+ROOT = Path(__file__).resolve().parents[1]
+POINTS = 5  # epochs of a run that its curve shows, beside the untrained one
+SHOWN = ("qwk", "referable_auroc")
+HANDMADE = "hand-made"
+UNTRAINED = "checkpoint-0000.pth"  # what a run writes before its first step
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied, and where it lies."""
+
+    name: str
+    data: str
+    test_data: tuple[str, ...]
+    minutes: float
+    folds: bool
+    more: tuple[str, ...]  # options of SSRL.py
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs lie."""
+        return ROOT / "runs" / f"quality-{self.name}"
+
+
+def call(script: str, *options: str) -> None:
+    """Run one of the programs; raises CalledProcessError where it fails."""
+    subprocess.run([sys.executable, str(ROOT / script), *options], check=True, cwd=ROOT)
+
+
+# ---------------------------------------------------------------------------------------- training
+def train(study: Study, config: Path, seed: int) -> Path:
+    """Train a recipe for the study's minutes; return the run's folder."""
+    run = study.folder / f"{config.stem}-{seed}"
+    options = ["--config", str(config), "--seed", str(seed), *study.more]
+    if not _has_data(config):
+        options += ["--data", study.data]
+    epochs = _epochs_in(study, config, options)
+    kept = max(1, epochs // POINTS)
+    # A warm-up that is longer than a fifth of a short training would leave little of it.
+    warmup = max(1, epochs // 10)
+    options += ["--epochs", str(epochs), "--warmup-epochs", str(warmup), "--knn-every", "0"]
+    call("SSRL.py", *options, "--keep-every", str(kept), "--output-dir", str(run))
+    return run
+
+
+def _has_data(config: Path) -> bool:
+    """Return whether a recipe says what it learns from."""
+    lines = config.read_text(encoding="utf-8").splitlines()
+    return any(line.startswith("data:") for line in lines)
+
+
+def _epochs_in(study: Study, config: Path, options: Sequence[str]) -> int:
+    """Return how many epochs the study's minutes hold, by one epoch of trial."""
+    trial = study.folder / f"{config.stem}-trial"
+    if not (trial / "backbone.safetensors").is_file():
+        short = ["--epochs", "1", "--warmup-epochs", "0", "--knn-every", "0", "--keep-every", "0"]
+        call("SSRL.py", *options, *short, "--output-dir", str(trial))
+    measured = [line for line in read_log(trial) if "images_per_s" in line]
+    # The first lines have the start of the workers in them.
+    speed = measured[-1]["images_per_s"]
+    images = round(measured[-1]["step"] * _step_size(trial))
+    return max(1, round(60 * study.minutes * speed / images))
+
+
+def _step_size(run: Path) -> int:
+    """Return how many photographs a step of a run takes."""
+    options = read_log(run)[0]["options"]
+    return options["batch_size"] * options["accumulate"] * options["processes"]
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log."""
+    text = (run / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# -------------------------------------------------------------------------------------- evaluation
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: a method, and the folder of its results for each seed."""
+
+    name: str
+    evaluation: str  # "15-NN" or "linear"
+    folders: tuple[Path, ...]
+
+
+def evaluate(study: Study, kind: str, weights: Path, output: Path, *options: str) -> Path:
+    """Evaluate weights by `kind`, "knn" or "linear", into a folder; return it."""
+    if not (output / "results.json").is_file():
+        where = ["--data", study.data, "--output-dir", str(output), "--no-pictures"]
+        if study.folds:
+            where.append("--folds")
+        elif study.test_data:
+            where += ["--test-data", *study.test_data]
+        if kind == "knn":
+            options = (*options, "--k", "15")
+        call(f"eval_{kind}.py", "--pretrained", str(weights), *where, *options, "--allow-seen")
+    return output
+
+
+def judge(study: Study, runs: dict[str, list[Path]]) -> list[Line]:
+    """Return the lines of the table: recipes, their untrained networks, and none at all."""
+    lines = []
+    for name, folders in runs.items():
+        for kind, title in (("knn", "15-NN"), ("linear", "linear")):
+            trained = [evaluate(study, kind, run, run / f"{kind}-end") for run in folders]
+            before = [
+                evaluate(study, kind, run / UNTRAINED, run / f"{kind}-start") for run in folders
+            ]
+            lines.append(Line(name, title, tuple(trained)))
+            lines.append(Line(f"{name}, untrained", title, tuple(before)))
+
+    # These need no network; any of the runs tells which photographs are meant.
+    run = next(iter(runs.values()))[0]
+    none = study.folder / "none"
+    for kind, title, features in (
+        ("knn", "15-NN", "handmade"),
+        ("linear", "linear", "handmade"),
+        ("linear", "linear", "color"),
+    ):
+        output = evaluate(study, kind, run, none / f"{kind}-{features}", "--features", features)
+        name = HANDMADE if features == "handmade" else "mean colours"
+        lines.append(Line(name, title, (output,)))
+    return lines
+
+
+def test_sets(study: Study) -> list[str]:
+    """Return the folders of the test sets inside an evaluation's; "" is the data's own."""
+    if study.folds:
+        return [""]
+    return ["", *[Path(folder).name for folder in study.test_data]]
+
+
+def tabulate(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Return a row for each line and test set, with the paired difference from hand-made."""
+    handmade = {line.evaluation: line for line in lines if line.name == HANDMADE}
+    rows = []
+    for test_set in test_sets(study):
+        for line in lines:
+            row: dict[str, Any] = {"test": test_set or Path(study.data).name}
+            row |= {"method": line.name, "evaluation": line.evaluation}
+            folders = [folder / test_set for folder in line.folders]
+            found = [json.loads((one / "results.json").read_text("utf-8")) for one in folders]
+            row["images"] = found[0]["data"]["test"]["images"]
+            other = [folder / test_set for folder in handmade[line.evaluation].folders]
+            differences = next(iter(compare(folders, other, SHOWN).parts.values()))
+            for metric in SHOWN:
+                row[metric] = [one["metrics"][metric]["value"] for one in found]
+                row[f"{metric}_ci95"] = [one["metrics"][metric].get("ci95") for one in found]
+                row[f"{metric}_beyond_handmade"] = differences[metric]
+            rows.append(row)
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table in Markdown: means over seeds, and differences with their intervals."""
+    print("| test | method | evaluation | QWK | referable AUROC | AUROC - hand-made |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [row["test"], row["method"], row["evaluation"]]
+        for metric in SHOWN:
+            values = np.array(row[metric], dtype=float)
+            text = f"{values.mean():.3f}"
+            if len(values) > 1:
+                text += f" (sd {values.std(ddof=1):.3f})"
+            cells.append(text)
+        difference = row["referable_auroc_beyond_handmade"]
+        text = "-"
+        if row["method"] != HANDMADE and difference.get("ci95"):
+            low, high = difference["ci95"]
+            text = f"{difference['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cells.append(text)
+        print("| " + " | ".join(cells) + " |")
+
+
+# ------------------------------------------------------------------------------------------- curve
+def read_curve(study: Study, run: Path) -> list[dict[str, float]]:
+    """Return minutes and the k-NN's numbers on the test photographs of a run's kept epochs."""
+    lines = read_log(run)
+    seconds_of_epoch = _seconds_of_epoch(run, lines)
+    points = []
+    for checkpoint in sorted(run.glob("checkpoint-[0-9]*.pth")):
+        epoch = int(checkpoint.stem.removeprefix("checkpoint-"))
+        folder = evaluate(study, "knn", checkpoint, run / f"knn-{epoch:04d}")
+        metrics = json.loads((folder / "results.json").read_text("utf-8"))["metrics"]
+        point = {"minutes": epoch * seconds_of_epoch / 60}
+        for metric in SHOWN:
+            point[metric] = metrics[metric]["value"]
+        points.append(point)
+    return points
+
+
+def _seconds_of_epoch(run: Path, lines: Sequence[dict[str, Any]]) -> float:
+    """Return the median seconds of a run's epochs, of its steps alone."""
+    speeds = [line["images_per_s"] for line in lines if "images_per_s" in line]
+    measured = [line for line in lines if "images_per_s" in line]
+    steps_per_epoch = measured[-1]["step"] / measured[-1]["epoch"]
+    return steps_per_epoch * _step_size(run) / float(np.median(speeds))
+
+
+def draw(study: Study, curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+    """Draw the k-NN's numbers against minutes, a colour a recipe, a line a seed."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle(f"{study.name}: 15-NN on frozen features of {Path(study.data).name}")
+    panels = figure.subplots(1, 2)
+    for number, (name, seeds) in enumerate(curves.items()):
+        for seed, points in enumerate(seeds):
+            minutes = [point["minutes"] for point in points]
+            label = name if seed == 0 else None
+            for axes, metric in zip(panels, SHOWN, strict=True):
+                values = [point[metric] for point in points]
+                axes.plot(minutes, values, f"C{number}o-", markersize=3, label=label)
+    for axes, label in zip(panels, ("QWK", "referable AUROC"), strict=True):
+        axes.set(xlabel="minutes of training", ylabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=90)
+
+
+# ----------------------------------------------------------------------------------------- program
+def parse_arguments() -> tuple[Study, argparse.Namespace]:
+    """Return the study, and what it goes over."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", required=True, help="name of the study")
+    parser.add_argument("--data", required=True, help="prepared folder with grades")
+    parser.add_argument("--configs", nargs="+", type=Path, required=True, help="recipes")
+    parser.add_argument("--minutes", type=float, default=30, help="of each training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a run for each")
+    parser.add_argument("--test-data", nargs="+", default=[], help="further sets, nothing refitted")
+    parser.add_argument(
+        "--folds", action="store_true", help="test every photograph, for recipes with own data"
+    )
+    options, more = parser.parse_known_args()
+    if options.folds and not all(_has_data(config) for config in options.configs):
+        parser.error(
+            "--folds: a recipe that learns from --data would have seen the test photographs"
+        )
+    if options.folds and options.test_data:
+        parser.error("--folds: leave --test-data out; each is a protocol of its own")
+    study = Study(
+        options.name,
+        options.data,
+        tuple(options.test_data),
+        options.minutes,
+        options.folds,
+        tuple(more),
+    )
+    return study, options
+
+
+def main() -> None:
+    """Train, judge, draw, write."""
+    study, options = parse_arguments()
+    study.folder.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, list[Path]] = {}
+    for config in options.configs:
+        runs[config.stem] = [train(study, config, seed) for seed in options.seeds]
+    rows = tabulate(study, judge(study, runs))
+    curves = {}
+    for name, folders in runs.items():
+        curves[name] = [read_curve(study, run) for run in folders]
+    draw(study, curves, ROOT / "docs" / f"quality-{study.name}.png")
+
+    first_line = read_log(next(iter(runs.values()))[0])[0]
+    results = {
+        "minutes": study.minutes,
+        "seeds": options.seeds,
+        "versions": first_line["versions"],
+        "rows": rows,
+        "curves": curves,
+    }
+    path = ROOT / "benchmarks" / "results" / f"quality-{study.name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
