@@ -352,7 +352,7 @@ class Monitor:
             "rankme": rankme(fixed),
             "embedding_std": embedding_std(fixed),
         }
-        # Without self-distillation nothing asks for more directions than there are kinds of lesions.
+        # Without self-distillation nothing asks for more directions than lesions have kinds.
         if latest and options.distillation_weight:
             collapse = name_collapse(latest | record, options.out_dim)
             if collapse:
