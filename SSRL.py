@@ -278,11 +278,17 @@ def build_networks(
     teacher = vit.Network(vit.Backbone(spec), copy.deepcopy(head))
     teacher.backbone.load_state_dict(backbone.state_dict())
     teacher.requires_grad_(False)
+    cls_readers: dict[str, int] = {}
+    patch_readers: dict[str, int] = {}
+    if options.lesion_weight:
+        patch_readers["lesion"] = len(PAINTED)
+        cls_readers["lesion"] = len(PAINTED)
     student = vit.Network(
         backbone,
         head,
         mask_token=options.patch_weight > 0,
-        lesion_kinds=len(PAINTED) if options.lesion_weight else 0,
+        cls_readers=cls_readers,
+        patch_readers=patch_readers,
     )
     if not options.distillation_weight:
         student.head.requires_grad_(False)  # nothing asks for its gradients
@@ -479,7 +485,7 @@ def compute_loss(
     # Lesions: patch tokens find those that were painted, and [CLS] counts them.
     if o.lesion_weight:
         terms["lesion"] = losses.lesion_loss(
-            student.lesion_logits, student.lesion_counts, batch.lesions
+            student.patch_read["lesion"], student.cls_read["lesion"], batch.lesions
         )
         total = total + o.lesion_weight * terms["lesion"]
     terms = {name: term.detach() for name, term in terms.items()}

@@ -4,7 +4,7 @@
 tokens, frozen features of several blocks, and the last block's attention. Its weights stand in
 files under timm's names, which are DINO's too. `Network` is a backbone with its head.
 Shapes: B batch, V views, N tokens or patches, M masked patches, D width, H heads, K prototypes,
-L kinds of lesions.
+T outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import difflib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -596,15 +596,17 @@ class Outputs(NamedTuple):
     cls_logits: Tensor  # (views B, K), global crops first
     cls_tokens: Tensor  # (2 B, D), of the global crops
     patch_logits: Tensor | None = None  # (M, K), of the masked patches
-    lesion_logits: Tensor | None = None  # (2 B, N, L), of the patches of the global crops
-    lesion_counts: Tensor | None = None  # (2 B, L): ln(1 + patches with a lesion), by [CLS]
+    # What linear layers read off the tokens of the global crops, by the objective's name.
+    cls_read: dict[str, Tensor] | None = None  # (2 B, T) each
+    patch_read: dict[str, Tensor] | None = None  # (2 B, N, T) each
 
 
 class Network(nn.Module):
     """Backbone and projection head; student and teacher are one each.
 
     A student may have more, which no backbone is exported with: a mask token for the patch
-    objective, and linear layers that find `lesion_kinds` of lesions in patch tokens and in [CLS].
+    objective, and linear layers for objectives that say what [CLS] and patch tokens are to hold.
+    `cls_readers` and `patch_readers` are their numbers of outputs by the objective's name.
     """
 
     def __init__(
@@ -613,17 +615,20 @@ class Network(nn.Module):
         head: ProjectionHead,
         *,
         mask_token: bool = False,
-        lesion_kinds: int = 0,
+        cls_readers: Mapping[str, int] | None = None,
+        patch_readers: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
-        self.finds_lesions = lesion_kinds > 0
-        if self.finds_lesions:
-            self.lesion_finder = nn.Linear(backbone.embed_dim, lesion_kinds)
-            self.lesion_counter = nn.Linear(backbone.embed_dim, lesion_kinds)
+        self.cls_readers = nn.ModuleDict()
+        self.patch_readers = nn.ModuleDict()
+        for name, outputs in (patch_readers or {}).items():
+            self.patch_readers[name] = nn.Linear(backbone.embed_dim, outputs)
+        for name, outputs in (cls_readers or {}).items():
+            self.cls_readers[name] = nn.Linear(backbone.embed_dim, outputs)
 
     def forward(
         self, crops: Sequence[Tensor], wanted: Tensor | None = None, hidden: Tensor | None = None
@@ -633,7 +638,7 @@ class Network(nn.Module):
         `wanted` (M,) are the patches whose logits are returned, by their places among all 2 B N
         of the global crops; `hidden` (2 B, N) are those that the mask token takes the place of.
         """
-        if wanted is None and not self.finds_lesions:
+        if wanted is None and not self.patch_readers:
             cls_tokens = [self.backbone(batch) for batch in crops]
             return Outputs(self.head(torch.cat(cls_tokens)), cls_tokens[0])
 
@@ -648,9 +653,7 @@ class Network(nn.Module):
             # at scale), in two passes, so that each has its own statistics where there is batch
             # norm.
             outputs = outputs._replace(patch_logits=self.head(tokens.patches.flatten(0, 1)[wanted]))
-        if self.finds_lesions:
-            outputs = outputs._replace(
-                lesion_logits=self.lesion_finder(tokens.patches),
-                lesion_counts=self.lesion_counter(tokens.embedding),
-            )
-        return outputs
+        return outputs._replace(
+            cls_read={name: read(tokens.embedding) for name, read in self.cls_readers.items()},
+            patch_read={name: read(tokens.patches) for name, read in self.patch_readers.items()},
+        )

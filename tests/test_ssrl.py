@@ -287,23 +287,22 @@ def test_lesion_objective_is_the_naive_one(tiny, distillation_weight):
     found, counted = [], []
     for crop, lesions in zip(batch.crops[0], batch.lesions, strict=True):
         seen = other.student.backbone.all_tokens(crop[None])
-        logits = other.student.lesion_finder(seen.patches[0])
+        logits = other.student.patch_readers["lesion"](seen.patches[0])
         p = torch.sigmoid(logits)
         cross = torch.where(lesions, -4 * torch.log(p), -torch.log(1 - p))
         found.append(cross.mean())
-        counts = other.student.lesion_counter(seen.embedding[0])
+        counts = other.student.cls_readers["lesion"](seen.embedding[0])
         truth = torch.log(1 + lesions.sum(dim=0))
         counted.append(torch.nn.functional.smooth_l1_loss(counts, truth))
     loss = sum(found) / 16 + 0.2 * sum(counted) / 16
     assert result.terms["lesion"].item() == pytest.approx(loss.item(), rel=1e-5)
-    for name in ("lesion_finder", "lesion_counter"):
-        layer = getattr(other.student, name)
+    for name in ("patch_readers", "cls_readers"):
+        layer = getattr(other.student, name)["lesion"]
         (slope,) = torch.autograd.grad(0.7 * loss, layer.weight, retain_graph=True)
         decayed = slope + o.weight_decay * layer.weight.detach()
         moved = layer.weight.detach() - 3.2 * 8 / 256 * decayed
-        torch.testing.assert_close(
-            getattr(state.student, name).weight.detach(), moved, atol=1e-6, rtol=1e-4
-        )
+        found_weight = getattr(state.student, name)["lesion"].weight.detach()
+        torch.testing.assert_close(found_weight, moved, atol=1e-6, rtol=1e-4)
     # Without self-distillation, too, the teacher follows.
     assert not same(state.teacher.state_dict(), other.teacher.state_dict())
 
@@ -311,7 +310,7 @@ def test_lesion_objective_is_the_naive_one(tiny, distillation_weight):
 def test_what_finds_lesions_is_the_students_alone(tiny):
     state, _, _ = build(tiny(lesion_weight=1.0))
     names = {name for name, _ in state.student.named_parameters() if "lesion" in name}
-    assert {name.partition(".")[0] for name in names} == {"lesion_finder", "lesion_counter"}
+    assert {name.partition(".")[0] for name in names} == {"patch_readers", "cls_readers"}
     assert not [name for name in state.teacher.state_dict() if "lesion" in name]
     assert not [name for name in state.student.backbone.state_dict() if "lesion" in name]
     off, _, _ = build(tiny())
