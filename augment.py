@@ -470,10 +470,11 @@ class CropBatch(NamedTuple):
     crops: list[Tensor]  # (2 B, 3, G, G), and (V B, 3, L, L) if V is not 0
     masks: PatchMasks
     lesions: Tensor | None = None  # (2 B, N, K) bool, which patches hold which kinds
+    clean: Tensor | None = None  # (2 B, 3, G, G) uint8, the global crops before colours changed
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of all tensors until what `stream` has been told so far is done."""
-        for tensor in (*self.crops, *self.masks, self.lesions):
+        for tensor in (*self.crops, *self.masks, self.lesions, self.clean):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -487,9 +488,11 @@ def color_views(
     """
     center = _constant(tuple(mean), device)
     spread = _constant(tuple(std), device)
+    clean = {}
     crops = []
     for kind, colors in (("global", batch["color"][:, :2]), ("local", batch["color"][:, 2:])):
         images = batch[kind].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        clean[kind] = images
         if len(images):
             rows = colors.transpose(0, 1).flatten(0, 1)
             crops.append(apply_color(images, rows, center, spread))
@@ -499,7 +502,7 @@ def color_views(
     lesions = None
     if "lesions" in batch:
         lesions = batch["lesions"].to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-    return CropBatch(crops, masks, lesions)
+    return CropBatch(crops, masks, lesions, clean["global"])
 
 
 def index_masks(hidden: Tensor, device: torch.device) -> PatchMasks:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ from fundus import handmade, metrics
 from fundus.copies import signature
 from fundus.manifest import GRADES, Manifest, Record
 from utils import InputError, log, sha256_of, write_atomic
-from vision_transformer import Backbone
+from vision_transformer import Backbone, Tokens
 
 N_BLOCKS = 4  # whose [CLS] is kept: the most that any protocol reads
 BATCH = 64  # photographs that go through the backbone at once
@@ -94,6 +94,54 @@ def extract_features(
     features = {name: torch.cat(pieces) for name, pieces in parts.items()}
     check_finite(features, dataset.records)
     return features
+
+
+class FrozenTeacher(nn.Module):
+    """A network of any kind that stays as it is; what it makes of crops are a student's targets.
+
+    `network` is a Backbone, or another network of timm that gives a map (weights.open_frozen). The
+    crops are of `crop_size` pixels, and the student cuts them into `grid` x `grid` patches. Raises
+    InputError where the network cannot look at such crops.
+    """
+
+    def __init__(self, network: nn.Module, crop_size: int, grid: int) -> None:
+        super().__init__()
+        self.network = network
+        self.grid = grid
+        self.is_backbone = isinstance(network, Backbone)
+        look = vars(network.spec) if self.is_backbone else network.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(look["mean"]).view(3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(look["std"]).view(3, 1, 1) * 255)
+
+        # Some networks take images of one size alone. One look tells, and how much they say.
+        try:
+            tokens = self(torch.zeros(1, 3, crop_size, crop_size, dtype=torch.uint8))
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(
+                f"--distill: the network cannot look at crops of {crop_size} pixels ({error}); "
+                "take another network or --global-crop-size"
+            ) from None
+        self.widths = tokens.embedding.shape[1], tokens.patches.shape[2]
+
+    @torch.no_grad()
+    def forward(self, crops: Tensor) -> Tokens:
+        """Return what the network makes of uint8 crops (B, 3, h, w), in the student's patches.
+
+        A network of convolutions has no [CLS]: mean and maximum of its last map stand for it.
+        """
+        images = (crops - self.mean) / self.std
+        if self.is_backbone:
+            # As many patches as the student has, each of the network's own size.
+            side = self.grid * self.network.spec.patch_size
+            if side != images.shape[-1]:
+                images = F.interpolate(images, side, mode="bicubic", antialias=True)
+            return self.network.all_tokens(images)
+        (features,) = self.network.forward_intermediates(
+            images, indices=1, intermediates_only=True, output_fmt="NCHW"
+        )
+        embedding = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
+        patches = F.interpolate(features, (self.grid, self.grid), mode="bilinear", antialias=True)
+        return Tokens(embedding, patches.flatten(2).transpose(1, 2))
 
 
 def check_finite(features: dict[str, Tensor], records: list[Record]) -> None:

@@ -1,8 +1,8 @@
-"""The objectives (self-distillation, masked patches, lesions), and what keeps them from collapse.
+"""The objectives and their targets, and what keeps self-distillation from collapse.
 
 The last are centring, Sinkhorn-Knopp and KoLeo. Shapes: B images of this process, T teacher views
-(2), V student views, M masked patches, K prototypes, N patches of a crop, L kinds of lesions. The
-student's first T views are the teacher's.
+(2), V student views, M masked patches, K prototypes, N patches of a crop, L kinds of lesions, S
+local statistics. The student's first T views are the teacher's.
 Everything is computed in fp32, whatever the networks compute in.
 """
 
@@ -17,6 +17,11 @@ from torch.nn import functional as F
 
 LESION_PRIOR = 4.0  # patches with a lesion are rare
 COUNT_SHARE = 0.2  # of the counts in the lesion objective
+
+OCTAVES = 4  # of local statistics: what is about 1, 2, 4 and 8 pixels wide
+LOCAL_STATISTICS = 3 * 3 * OCTAVES  # S: energy, brightest, darkest of RGB in each octave
+DARK_LEVEL = 10  # grey levels added before logarithms, so that noise in the dark is no contrast
+LEAST_ENERGY = 1e-6  # of squared logarithms; what JPEG leaves on an even area
 
 
 def distillation_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
@@ -76,6 +81,50 @@ def lesion_loss(logits: Tensor, counts: Tensor, lesions: Tensor) -> Tensor:
     found = F.binary_cross_entropy_with_logits(logits.float(), lesions.float(), pos_weight=prior)
     counted = F.smooth_l1_loss(counts.float(), lesions.float().sum(dim=1).log1p())
     return found + COUNT_SHARE * counted
+
+
+def local_statistics(crops: Tensor, grid: int) -> Tensor:
+    """Return what small structure each patch of clean crops holds: float32 (B, N, S).
+
+    `crops` is uint8 RGB (B, 3, G, G), `grid` the number of patches along G. The octaves are those
+    of a Laplacian pyramid (Burt and Adelson, IEEE Trans. Commun. 31, 1983) of the logarithm of each
+    colour, so that illumination drops out. Of each octave and colour there are the logarithm of the
+    mean square over the patch, its brightest and its darkest value. MaskFeat (arXiv 2112.09133)
+    predicts histograms of gradients instead, which know no dark from bright.
+    """
+    level = torch.log((crops.float() + DARK_LEVEL) / 255)
+    found = []
+    for octave in range(OCTAVES):
+        if octave:
+            level = F.avg_pool2d(level, 2, ceil_mode=True)
+        band = level - _blur(level)
+        energy = F.adaptive_avg_pool2d(band * band, grid)
+        found.append((energy + LEAST_ENERGY).log())
+        found.append(F.adaptive_max_pool2d(band, grid))
+        found.append(-F.adaptive_max_pool2d(-band, grid))
+    return torch.cat(found, dim=1).flatten(2).transpose(1, 2)
+
+
+def _blur(planes: Tensor) -> Tensor:
+    """Return planes (B, C, h, w) under a binomial kernel of five pixels, a Gaussian of sigma 1."""
+    kernel = planes.new_tensor([1, 4, 6, 4, 1]) / 16
+    channels = planes.shape[1]
+    row = kernel.view(1, 1, 1, 5).expand(channels, 1, 1, 5)
+    padded = F.pad(planes, (2, 2, 2, 2), mode="replicate")
+    across = F.conv2d(padded, row, groups=channels)
+    return F.conv2d(across, row.transpose(2, 3), groups=channels)
+
+
+def regression_loss(predicted: Tensor, targets: Tensor) -> Tensor:
+    """Return the smooth L1 distance of predictions from standardised targets, a scalar.
+
+    Both are (..., T). Each of the T targets is brought to mean 0 and deviation 1 over all else, so
+    that each counts alike, and one that is constant counts nothing.
+    """
+    rows = targets.float().flatten(0, -2)
+    deviation, mean = torch.std_mean(rows, dim=0, correction=0)
+    standard = (rows - mean) / deviation.clamp(min=1e-4)
+    return F.smooth_l1_loss(predicted.float().flatten(0, -2), standard)
 
 
 def centered_probs(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:

@@ -121,6 +121,11 @@ def blueprint(arch: str) -> Blueprint:
     return Blueprint(patch_size, image_size, has_position_embedding)
 
 
+def is_vit(arch: str) -> bool:
+    """Say whether an architecture is one that a Backbone may be, as far as its type tells."""
+    return isinstance(_sketch(arch), (VisionTransformer, Eva))
+
+
 def _sketch(arch: str) -> nn.Module:
     """Return an architecture's network, which takes no memory for its weights."""
     architecture = find_architecture(arch)

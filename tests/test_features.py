@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import helpers
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
@@ -34,7 +35,7 @@ from fundus import metrics
 from fundus.copies import signature
 from fundus.manifest import GRADES
 from utils import InputError
-from vision_transformer import Backbone
+from vision_transformer import Backbone, BackboneSpec
 
 
 @pytest.fixture(scope="module")
@@ -367,3 +368,47 @@ def test_a_collapse_is_warned_of_and_logged(manifest, caplog):
     low = {"embedding_std": 0.0, "rankme": 1.0}
     alone = monitor.look(backbone, 1, TrainingOptions(distillation_weight=0.0), flat | low)
     assert "collapse" not in alone and not caplog.text
+
+
+# ------------------------------------------------------------------------------- a frozen teacher
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0", "convnext_atto"])
+def test_a_network_of_convolutions_teaches_its_last_map(name):
+    network = timm.create_model(name, num_classes=0).eval().requires_grad_(False)
+    teacher = features.FrozenTeacher(network, 64, 4)
+    crops = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens = teacher(crops)
+    config = network.pretrained_cfg
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    (last,) = network.forward_intermediates(
+        (crops / 255 - mean) / std, indices=1, intermediates_only=True
+    )
+    assert last.shape[2:] == (2, 2)
+    assert teacher.widths == (tokens.embedding.shape[1], tokens.patches.shape[2])
+    pooled = torch.cat([last.mean(dim=(2, 3)), last.amax(dim=(2, 3))], dim=1)
+    torch.testing.assert_close(tokens.embedding, pooled, rtol=1e-3, atol=1e-4)
+    # Bilinear: what lies in a corner stays, and all of it keeps its mean.
+    assert tokens.patches.shape == (2, 16, last.shape[1])
+    torch.testing.assert_close(tokens.patches[:, 0], last[:, :, 0, 0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(tokens.patches.mean(dim=1), last.mean((2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_vit_teaches_tokens_of_the_students_grid():
+    backbone = Backbone(BackboneSpec("vit_pico", 8, 32)).eval()
+    teacher = features.FrozenTeacher(backbone, 32, 4)
+    crops = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    expected = backbone.all_tokens(backbone.normalize(crops))
+    tokens = teacher(crops)
+    assert teacher.widths == (64, 64)
+    torch.testing.assert_close(tokens.patches, expected.patches, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokens.embedding, expected.embedding, rtol=1e-4, atol=1e-5)
+    assert not tokens.patches.requires_grad
+    coarser = features.FrozenTeacher(backbone, 32, 2)
+    assert coarser(crops).patches.shape == (2, 4, 64)
+
+
+def test_a_network_that_takes_one_size_alone_is_refused():
+    network = timm.create_model("mixer_s32_224", num_classes=0).eval()
+    with pytest.raises(InputError, match="cannot look at crops of 64 pixels .*224"):
+        features.FrozenTeacher(network, 64, 4)

@@ -6,12 +6,15 @@ Run it with `python -m pytest tests/test_losses.py`.
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from scipy import ndimage
 
 from losses import (
+    LOCAL_STATISTICS,
     History,
     batch_mean,
     centered_probs,
@@ -19,9 +22,11 @@ from losses import (
     entropy,
     koleo_loss,
     lesion_loss,
+    local_statistics,
     mean_by_name,
     mean_over_processes,
     patch_loss,
+    regression_loss,
     sinkhorn_probs,
     target_entropies,
     total_over_processes,
@@ -322,6 +327,68 @@ def test_lesion_loss_is_computed_in_fp32():
     found = lesion_loss(logits, counts, lesions)
     assert found.dtype == torch.float32
     assert found == lesion_loss(logits.float(), counts.float(), lesions)
+
+
+# ------------------------------------------------------------------- local statistics, regression
+
+
+def naive_statistics(crop, grid):
+    """Patch by patch in float64, by scipy's convolution: (grid * grid, S)."""
+    kernel = np.array([1, 4, 6, 4, 1]) / 16
+    level = np.log((crop.numpy().astype(float) + 10) / 255)
+    rows = [[] for _ in range(grid * grid)]
+    for octave in range(4):
+        if octave:
+            halves = level.reshape(3, level.shape[1] // 2, 2, level.shape[2] // 2, 2)
+            level = halves.mean(axis=(2, 4))
+        smooth = ndimage.convolve1d(level, kernel, axis=1, mode="nearest")
+        band = level - ndimage.convolve1d(smooth, kernel, axis=2, mode="nearest")
+        side = band.shape[1] // grid
+        for place in range(grid * grid):
+            top, left = (side * number for number in divmod(place, grid))
+            patch = band[:, top : top + side, left : left + side].reshape(3, -1)
+            rows[place] += [*np.log((patch**2).mean(axis=1) + 1e-6)]
+            rows[place] += [*patch.max(axis=1), *patch.min(axis=1)]
+    return np.array(rows)
+
+
+def test_local_statistics_are_the_naive_ones():
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(256, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    found = local_statistics(crops, 4)
+    assert found.shape == (2, 16, LOCAL_STATISTICS) and found.dtype == torch.float32
+    for crop, statistics in zip(crops, found, strict=True):
+        expected = naive_statistics(crop, 4)
+        np.testing.assert_allclose(statistics.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_local_statistics_tell_dark_from_bright_and_one_patch_from_another():
+    """A dark dot changes the first octave of its patch alone, its darkest value most."""
+    crop = torch.full((1, 3, 64, 64), 120, dtype=torch.uint8)
+    even = local_statistics(crop, 4)
+    crop[..., 24:26, 40:42] = 60
+    dotted = local_statistics(crop, 4)
+    changed = (dotted - even)[0, :, :9].abs().amax(dim=1) > 0.05
+    assert changed.nonzero().flatten().tolist() == [6]  # row 1, column 2
+    brightest, darkest = dotted[0, 6, 3:6], dotted[0, 6, 6:9]  # of red, green and blue, 1 pixel
+    assert (darkest < -3 * brightest.abs()).all()
+
+
+def test_local_statistics_take_patches_finer_than_an_octave():
+    crops = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    assert local_statistics(crops, 8).isfinite().all()  # of 8 pixels, one is 4 x 4 pixels large
+
+
+def test_regression_loss_by_hand():
+    """Targets 1 and 3 are -1 and 1 when standardised; a constant one is 0, and so is huge noise."""
+    targets = torch.tensor([[[1.0, 5.0], [3.0, 5.0]]])
+    predicted = torch.tensor([[[-1.0, 0.0], [3.0, 0.4]]])
+    # Distances 0, 2 and 0, 0.4: smooth L1 makes them 0, 1.5 and 0, 0.08.
+    assert regression_loss(predicted, targets).item() == pytest.approx((1.5 + 0.08) / 4)
+    shifted = 1000 * targets + 7
+    assert regression_loss(predicted, shifted).item() == pytest.approx((1.5 + 0.08) / 4)
+    half = regression_loss(predicted.bfloat16(), targets)
+    assert half.dtype == torch.float32
 
 
 # -------------------------------------------------------------------------------------- bookkeeping

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+import losses
 import SSRL
 import utils
 from augment import MultiCrop, apply_color, color_views
@@ -21,6 +22,7 @@ from fundus.painting import PAINTED
 from run_folder import RunFolder
 from utils import Diverged, InputError
 from vision_transformer import IMAGENET_MEAN, IMAGENET_STD
+from weights import save_backbone
 
 ONE = Processes(torch.device("cpu"))
 pytestmark = pytest.mark.usefixtures("handlers")
@@ -317,6 +319,62 @@ def test_what_finds_lesions_is_the_students_alone(tiny):
     assert not [name for name in off.student.state_dict() if "lesion" in name]
 
 
+def test_tokens_tell_local_statistics_and_a_frozen_network_says(tiny):
+    """Both terms, from what the step's networks make of the clean crops."""
+    other = SSRL.build_networks(tiny(arch="vit_nano", patch_size=16))[1].backbone
+    save_backbone(other, Path("other.safetensors"), {})
+    o = tiny(local_weight=0.5, distill="other.safetensors", distill_weight=0.3, warmup_epochs=0)
+    state, run, dataset = build(o)
+    before = copy.deepcopy(state.student)
+    batch = crops_of(run, collate(dataset, range(8)))
+    result = SSRL.train_step(state, iter([batch]), run)
+    assert set(result.terms) == {"loss", "local", "distill"}
+
+    seen = before.backbone.all_tokens(batch.crops[0])
+    told = before.patch_readers["local"](seen.patches).flatten(0, 1)
+    statistics = losses.local_statistics(batch.clean, 4).flatten(0, 1)
+    expected = torch.nn.functional.smooth_l1_loss(told, by_columns(statistics))
+    assert result.terms["local"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+    # A network with patches of 16 pixels looks at crops of 64, for it to have 4 x 4 of them.
+    enlarged = torch.nn.functional.interpolate(
+        other.normalize(batch.clean), 64, mode="bicubic", antialias=True
+    )
+    with torch.no_grad():
+        says = other.eval().all_tokens(enlarged)
+    expected = 0
+    for readers, tokens, targets in (
+        (before.patch_readers, seen.patches.flatten(0, 1), says.patches.flatten(0, 1)),
+        (before.cls_readers, seen.embedding, says.embedding),
+    ):
+        told = readers["distill"](tokens)
+        expected += torch.nn.functional.smooth_l1_loss(told, by_columns(targets))
+    assert result.terms["distill"].item() == pytest.approx(expected.item(), rel=1e-3)
+    assert not [name for name in state.state_dict()["student"] if "frozen" in name]
+
+
+def by_columns(rows):
+    """Columns of mean 0 and deviation 1."""
+    return (rows - rows.mean(dim=0)) / rows.std(dim=0, correction=0)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(tiny):
+    changed = {"koleo_weight": 0.1, "patch_weight": 0.5, "lesion_weight": 2.0, "local_weight": 3.0}
+    o = tiny(distill="drawn", distill_weight=0.25, distillation_weight=0.75, **changed)
+    state, run, dataset = build(o)
+    o.flip_vertical = False
+    batch = crops_of(run, collate(dataset, range(8)))
+    teacher = state.teacher(batch.crops[:1], batch.masks.index)
+    student = state.student(batch.crops, batch.masks.index, batch.masks.hidden)
+    frozen = run.frozen(batch.clean)
+    loss = SSRL.compute_loss(student, teacher, frozen, batch, state, 0.04, o)
+    weights = {"loss": 0.75, "koleo": 0.1, "patch": 0.5, "lesion": 2.0, "local": 3.0}
+    weights["distill"] = 0.25
+    assert loss.terms.keys() == weights.keys()
+    total = sum(weights[name] * value.item() for name, value in loss.terms.items())
+    assert loss.total.item() == pytest.approx(total, rel=1e-5)
+
+
 def test_without_self_distillation_the_head_stays(tiny):
     o = tiny(lesion_weight=1.0, distillation_weight=0.0, local_crops_number=0, warmup_epochs=0)
     state, run, dataset = build(o)
@@ -330,7 +388,8 @@ def test_without_self_distillation_the_head_stays(tiny):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({}, "expected --lesion-weight above 0"),
+        ({}, "expected --lesion-weight or --local-weight above 0, or --distill"),
+        ({"distill": "drawn", "distill_weight": 0.0}, "expected --lesion-weight"),
         ({"lesion_weight": 1.0}, "--local-crops-number 2: expected 0"),
         ({"lesion_weight": 1.0, "local_crops_number": 0, "koleo_weight": 0.1}, "--koleo-weight"),
         ({"lesion_weight": 1.0, "local_crops_number": 0, "patch_weight": 0.1}, "--patch-weight"),

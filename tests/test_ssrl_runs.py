@@ -39,7 +39,7 @@ def trained(folder, keys=("student", "teacher", "optimizer", "center", "step")):
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     losses = {}
     for line in lines:
-        for name in ("loss", "lesion"):  # a run has one of both, or both
+        for name in ("loss", "lesion", "local"):  # a run has one of them or several
             if name in line:
                 losses[line["step"]] = line[name]
     return flat({key: saved[key] for key in keys}), losses
@@ -85,7 +85,8 @@ def test_files_of_a_run(whole):
     assert all(math.isfinite(v) for r in lines for v in r.values() if isinstance(v, float))
 
 
-def test_a_run_remembers_what_it_and_its_start_were_trained_on(whole, tiny, tmp_path):
+@pytest.mark.parametrize("said", [{"init": "{}"}, {"distill": "{}"}], ids=str)
+def test_a_run_remembers_what_it_and_its_start_were_trained_on(whole, tiny, tmp_path, said):
     folder, options = whole
     own = read_manifest(options.data)
     seen = Signatures.load(folder / "seen.npz")
@@ -95,7 +96,8 @@ def test_a_run_remembers_what_it_and_its_start_were_trained_on(whole, tiny, tmp_
     assert seen.looks.any()
 
     other = helpers.draw_prepared(tmp_path / "other", seed=3)
-    SSRL.main(tiny(init=str(folder), data=str(other.root), output_dir="next"), None)
+    said = {name: value.format(folder) for name, value in said.items()}
+    SSRL.main(tiny(data=str(other.root), output_dir="next", **said), None)
     both = Signatures.load(Path("next/seen.npz"))
     assert both.paths == [record.path for record in other.split("train")] + seen.paths
 
@@ -249,6 +251,8 @@ def test_more_epochs_continue_a_finished_run(tiny):
         {"patch_weight": 1.0, "centering": "sinkhorn", "use_bn_in_head": True},
         {"lesion_weight": 1.0},
         {"lesion_weight": 1.0, "patch_weight": 1.0, "koleo_weight": 0.1, "stem": "conv"},
+        {"local_weight": 1.0, "distillation_weight": 0.0, "local_crops_number": 0},
+        {"local_weight": 1.0, "distill": "drawn", "patch_weight": 1.0},
     ],
     ids=str,
 )

