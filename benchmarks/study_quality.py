@@ -1,18 +1,21 @@
 """How well do frozen features grade, which recipe teaches them best, and how soon?
 
-    python -m benchmarks.study_quality --name lesions --data PREPARED --minutes 30 \
-        --configs configs/drawn.yaml configs/scratch.yaml --test-data OTHER
+    python -m benchmarks.study_quality --name drawn --configs configs/drawn.yaml --minutes 75 \
+        --data EYEPACS --folds --also IDRID --test-data IDRID APTOS
 
 Trains every config for the same minutes with every seed. The epochs that these take are found by
 one epoch of trial on this machine, so that learning rates end where they should. Recipes without
 `data` of their own learn from the training split of `--data`. Then k-NN and linear probe judge the
-frozen network on the test split, or by `--folds` on all photographs, and on `--test-data`, beside
-the untrained network, mean colours and hand-made statistics. Some epochs on the way are judged by
-k-NN.
+frozen network, beside the untrained one, mean colours and hand-made statistics:
 
-Writes runs/quality-NAME/, docs/quality-NAME.png and benchmarks/results/quality-NAME.json, and
-prints the table. What is there already is not made again, so that a study that was stopped goes on.
-Options that this script does not know go to SSRL.py, to try a change of the recipes.
+- on the test split of `--data`, or by `--folds` on all of it,
+- on `--test-data`, with what was fitted on `--data`,
+- on the test splits of `--also`, with probes of their own.
+
+Some epochs on the way are judged by k-NN on the first. Writes runs/quality-NAME/,
+docs/quality-NAME.png and benchmarks/results/quality-NAME.json, and prints the table. What is there
+already is not made again, so that a study that was stopped goes on. Options that this script does
+not know go to SSRL.py, to try a change of the recipes.
 """
 
 from __future__ import annotations
@@ -39,20 +42,50 @@ UNTRAINED = "checkpoint-0000.pth"  # what a run writes before its first step
 
 
 @dataclass(frozen=True)
+class TestSet:
+    """Photographs that features are judged on."""
+
+    name: str
+    title: str  # in the table: what is tested, and what the probe was fitted on
+    options: tuple[str, ...]  # of the evaluations
+    inside: str = ""  # where in an evaluation's folder the results lie
+
+
+@dataclass(frozen=True)
 class Study:
     """What is studied, and where it lies."""
 
     name: str
     data: str
-    test_data: tuple[str, ...]
     minutes: float
-    folds: bool
-    more: tuple[str, ...]  # options of SSRL.py
+    test_sets: tuple[TestSet, ...]  # the first one is that of the curve
+    more: tuple[str, ...] = ()  # options of SSRL.py
 
     @property
     def folder(self) -> Path:
         """Where the runs lie."""
         return ROOT / "runs" / f"quality-{self.name}"
+
+
+def list_test_sets(
+    data: str, *, folds: bool, also: Sequence[str], test_data: Sequence[str]
+) -> tuple[TestSet, ...]:
+    """Return the sets that features are judged on, that of `data` first."""
+    own = Path(data).name
+    options: tuple[str, ...] = ("--data", data)
+    found = [TestSet(own, f"{own}, test", options)]
+    if folds:
+        found = [TestSet(own, f"{own}, all by folds", (*options, "--folds"))]
+    for folder in also:
+        name = Path(folder).name
+        found.append(TestSet(name, f"{name}, test", ("--data", folder)))
+    for folder in test_data:
+        name = Path(folder).name
+        title = f"{name}, fitted on {own}"
+        found.append(
+            TestSet(f"{name}-by-{own}", title, (*options, "--test-data", folder), inside=name)
+        )
+    return tuple(found)
 
 
 def call(script: str, *options: str) -> None:
@@ -110,38 +143,50 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------- evaluation
 @dataclass(frozen=True)
 class Line:
-    """A row of the table: a method, and the folder of its results for each seed."""
+    """A row of the table: a method on a test set, and the folder of its results for each seed."""
 
+    test_set: TestSet
     name: str
     evaluation: str  # "15-NN" or "linear"
     folders: tuple[Path, ...]
 
 
-def evaluate(study: Study, kind: str, weights: Path, output: Path, *options: str) -> Path:
-    """Evaluate weights by `kind`, "knn" or "linear", into a folder; return it."""
-    if not (output / "results.json").is_file():
-        where = ["--data", study.data, "--output-dir", str(output), "--no-pictures"]
-        if study.folds:
-            where.append("--folds")
-        elif study.test_data:
-            where += ["--test-data", *study.test_data]
+def evaluate(
+    study: Study, kind: str, weights: Path, output: Path, test_set: TestSet, *options: str
+) -> Path:
+    """Evaluate weights by `kind`, "knn" or "linear", into a folder; return that of the results."""
+    output = output.with_name(f"{output.name}-{test_set.name}")
+    found = output / test_set.inside
+    if not (found / "results.json").is_file():
+        # One cache for all, since its files are named by weights and photographs.
+        cache = study.folder / "features"
+        cache.mkdir(exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / "features").exists():
+            (output / "features").symlink_to(cache)
         if kind == "knn":
             options = (*options, "--k", "15")
-        call(f"eval_{kind}.py", "--pretrained", str(weights), *where, *options, "--allow-seen")
-    return output
+        where = (*test_set.options, "--output-dir", str(output))
+        call(
+            f"eval_{kind}.py",
+            *("--pretrained", str(weights), *where, *options),
+            *("--no-pictures", "--allow-seen"),
+        )
+    return found
 
 
-def judge(study: Study, runs: dict[str, list[Path]]) -> list[Line]:
-    """Return the lines of the table: recipes, their untrained networks, and none at all."""
+def judge(study: Study, test_set: TestSet, runs: dict[str, list[Path]]) -> list[Line]:
+    """Return a test set's lines of the table: recipes, their untrained networks, and no network."""
     lines = []
     for name, folders in runs.items():
         for kind, title in (("knn", "15-NN"), ("linear", "linear")):
-            trained = [evaluate(study, kind, run, run / f"{kind}-end") for run in folders]
+            trained = [evaluate(study, kind, run, run / f"{kind}-end", test_set) for run in folders]
             before = [
-                evaluate(study, kind, run / UNTRAINED, run / f"{kind}-start") for run in folders
+                evaluate(study, kind, run / UNTRAINED, run / f"{kind}-start", test_set)
+                for run in folders
             ]
-            lines.append(Line(name, title, tuple(trained)))
-            lines.append(Line(f"{name}, untrained", title, tuple(before)))
+            lines.append(Line(test_set, name, title, tuple(trained)))
+            lines.append(Line(test_set, f"{name}, untrained", title, tuple(before)))
 
     # These need no network; any of the runs tells which photographs are meant.
     run = next(iter(runs.values()))[0]
@@ -151,37 +196,28 @@ def judge(study: Study, runs: dict[str, list[Path]]) -> list[Line]:
         ("linear", "linear", "handmade"),
         ("linear", "linear", "color"),
     ):
-        output = evaluate(study, kind, run, none / f"{kind}-{features}", "--features", features)
+        output = none / f"{kind}-{features}"
+        folder = evaluate(study, kind, run, output, test_set, "--features", features)
         name = HANDMADE if features == "handmade" else "mean colours"
-        lines.append(Line(name, title, (output,)))
+        lines.append(Line(test_set, name, title, (folder,)))
     return lines
 
 
-def test_sets(study: Study) -> list[str]:
-    """Return the folders of the test sets inside an evaluation's; "" is the data's own."""
-    if study.folds:
-        return [""]
-    return ["", *[Path(folder).name for folder in study.test_data]]
-
-
-def tabulate(study: Study, lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Return a row for each line and test set, with the paired difference from hand-made."""
+def tabulate(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Return a row for each line of a test set, with the paired difference from hand-made."""
     handmade = {line.evaluation: line for line in lines if line.name == HANDMADE}
     rows = []
-    for test_set in test_sets(study):
-        for line in lines:
-            row: dict[str, Any] = {"test": test_set or Path(study.data).name}
-            row |= {"method": line.name, "evaluation": line.evaluation}
-            folders = [folder / test_set for folder in line.folders]
-            found = [json.loads((one / "results.json").read_text("utf-8")) for one in folders]
-            row["images"] = found[0]["data"]["test"]["images"]
-            other = [folder / test_set for folder in handmade[line.evaluation].folders]
-            differences = next(iter(compare(folders, other, SHOWN).parts.values()))
-            for metric in SHOWN:
-                row[metric] = [one["metrics"][metric]["value"] for one in found]
-                row[f"{metric}_ci95"] = [one["metrics"][metric].get("ci95") for one in found]
-                row[f"{metric}_beyond_handmade"] = differences[metric]
-            rows.append(row)
+    for line in lines:
+        found = [json.loads((one / "results.json").read_text("utf-8")) for one in line.folders]
+        row: dict[str, Any] = {"test": line.test_set.title, "method": line.name}
+        row |= {"evaluation": line.evaluation, "images": found[0]["data"]["test"]["images"]}
+        comparison = compare(line.folders, handmade[line.evaluation].folders, SHOWN)
+        differences = next(iter(comparison.parts.values()))
+        for metric in SHOWN:
+            row[metric] = [one["metrics"][metric]["value"] for one in found]
+            row[f"{metric}_ci95"] = [one["metrics"][metric].get("ci95") for one in found]
+            row[f"{metric}_beyond_handmade"] = differences[metric]
+        rows.append(row)
     return rows
 
 
@@ -208,13 +244,13 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 # ------------------------------------------------------------------------------------------- curve
 def read_curve(study: Study, run: Path) -> list[dict[str, float]]:
-    """Return minutes and the k-NN's numbers on the test photographs of a run's kept epochs."""
+    """Return minutes and the k-NN's numbers on the first test set, of a run's kept epochs."""
     lines = read_log(run)
     seconds_of_epoch = _seconds_of_epoch(run, lines)
     points = []
     for checkpoint in sorted(run.glob("checkpoint-[0-9]*.pth")):
         epoch = int(checkpoint.stem.removeprefix("checkpoint-"))
-        folder = evaluate(study, "knn", checkpoint, run / f"knn-{epoch:04d}")
+        folder = evaluate(study, "knn", checkpoint, run / f"knn-{epoch:04d}", study.test_sets[0])
         metrics = json.loads((folder / "results.json").read_text("utf-8"))["metrics"]
         point = {"minutes": epoch * seconds_of_epoch / 60}
         for metric in SHOWN:
@@ -260,24 +296,19 @@ def parse_arguments() -> tuple[Study, argparse.Namespace]:
     parser.add_argument("--minutes", type=float, default=30, help="of each training")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a run for each")
     parser.add_argument("--test-data", nargs="+", default=[], help="further sets, nothing refitted")
+    parser.add_argument("--also", nargs="+", default=[], help="further sets, fitted on their own")
     parser.add_argument(
-        "--folds", action="store_true", help="test every photograph, for recipes with own data"
+        "--folds", action="store_true", help="test all of --data, for recipes with own data"
     )
     options, more = parser.parse_known_args()
     if options.folds and not all(_has_data(config) for config in options.configs):
         parser.error(
             "--folds: a recipe that learns from --data would have seen the test photographs"
         )
-    if options.folds and options.test_data:
-        parser.error("--folds: leave --test-data out; each is a protocol of its own")
-    study = Study(
-        options.name,
-        options.data,
-        tuple(options.test_data),
-        options.minutes,
-        options.folds,
-        tuple(more),
+    test_sets = list_test_sets(
+        options.data, folds=options.folds, also=options.also, test_data=options.test_data
     )
+    study = Study(options.name, options.data, options.minutes, test_sets, tuple(more))
     return study, options
 
 
@@ -288,7 +319,9 @@ def main() -> None:
     runs: dict[str, list[Path]] = {}
     for config in options.configs:
         runs[config.stem] = [train(study, config, seed) for seed in options.seeds]
-    rows = tabulate(study, judge(study, runs))
+    rows = []
+    for test_set in study.test_sets:
+        rows += tabulate(judge(study, test_set, runs))
     curves = {}
     for name, folders in runs.items():
         curves[name] = [read_curve(study, run) for run in folders]

@@ -297,13 +297,16 @@ def study(tmp_path, monkeypatch):
                 (folder / name).touch()
             return
         seed = len(asked)
-        skill = skills.get(folder.name, 0.0)
-        for test_set in ("", "other"):
-            written_runs.write_evaluation(folder / test_set, seed, skill=skill)
+        skill = skills.get(folder.name.removesuffix("-by-graded").rpartition("-")[0], 0.0)
+        inside = "other" if "--test-data" in options else ""
+        written_runs.write_evaluation(folder / inside, seed, skill=skill)
 
     monkeypatch.setattr(study_quality, "call", call)
     (tmp_path / "recipe.yaml").write_text("arch: vit_nano\n")
-    found = study_quality.Study("x", "graded", ("sets/other",), 1.0, False, ("--lr", "1"))
+    test_sets = study_quality.list_test_sets(
+        "sets/graded", folds=True, also=[], test_data=["sets/other"]
+    )
+    found = study_quality.Study("x", "sets/graded", 1.0, test_sets, ("--lr", "1"))
     return found, asked
 
 
@@ -317,7 +320,7 @@ def test_recipes_of_a_study_train_for_the_same_minutes(study, tmp_path):
     assert whole[whole.index("--epochs") + 1] == "30"
     assert whole[whole.index("--keep-every") + 1] == "6"
     for command in asked:
-        assert command[command.index("--data") + 1] == "graded"
+        assert command[command.index("--data") + 1] == "sets/graded"
         assert command[command.index("--lr") + 1] == "1"
         assert command[command.index("--seed") + 1] == "7"
 
@@ -330,11 +333,13 @@ def test_recipes_of_a_study_train_for_the_same_minutes(study, tmp_path):
 def test_a_study_compares_all_seeds_with_hand_made_statistics(study, tmp_path, capsys):
     found, asked = study
     runs = [study_quality.train(found, tmp_path / "recipe.yaml", seed) for seed in (0, 1)]
-    lines = study_quality.judge(found, {"recipe": runs})
-    rows = study_quality.tabulate(found, lines)
+    rows = []
+    for test_set in found.test_sets:
+        rows += study_quality.tabulate(study_quality.judge(found, test_set, {"recipe": runs}))
     methods = ["recipe", "recipe, untrained"] * 2 + ["hand-made"] * 2 + ["mean colours"]
     assert [row["method"] for row in rows] == methods * 2
-    assert [row["test"] for row in rows] == ["graded"] * 7 + ["other"] * 7
+    titles = ["graded, all by folds", "other, fitted on graded"]
+    assert [row["test"] for row in rows] == titles[:1] * 7 + titles[1:] * 7
     linear = next(r for r in rows if r["method"] == "recipe" and r["evaluation"] == "linear")
     assert len(linear["referable_auroc"]) == 2
     handmade = rows[5]["referable_auroc"]
@@ -347,7 +352,7 @@ def test_a_study_compares_all_seeds_with_hand_made_statistics(study, tmp_path, c
     assert len(table) == 2 + len(rows) and f"{gain['value']:+.3f} [" in table[4]
 
     before = len(asked)
-    study_quality.judge(found, {"recipe": runs})
+    study_quality.judge(found, found.test_sets[0], {"recipe": runs})
     assert len(asked) == before, "nothing is evaluated twice"
     curve = study_quality.read_curve(found, runs[0])
     assert [point["minutes"] for point in curve] == pytest.approx([0, 6 * 2 / 60])

@@ -24,7 +24,7 @@ def draw_predictions(seed, patients=40, skill=0.5, eyes=1):
 
 def write_evaluation(folder, seed=0, *, skill=0.5, patients=40, **changed):
     """Write an evaluation's two main files; `changed` are fields of its results.json."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     predictions = draw_predictions(seed, patients, skill)
     images = len(predictions.grades)
     expected = (predictions.probabilities @ np.arange(GRADES)).round().astype(int)
