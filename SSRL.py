@@ -59,7 +59,7 @@ class Options(MultiCropOptions, data.DataOptions, RunOptions):
     """Self-supervised training; the defaults are configs/eyepacs_vits16.yaml."""
 
     arch: str = "vit_small"
-    """Backbone: a short name (vit_nano, vit_tiny, vit_small, vit_base, ...) or any ViT of timm by
+    """Backbone: a short name (vit_nano, vit_micro, vit_tiny, vit_small, ...) or any ViT of timm by
     its name."""
     patch_size: Annotated[int, Bounds(0, 256)] = 0
     """Side of a patch in pixels, 8 and 16 in the paper; 0: the architecture's own."""

@@ -61,6 +61,7 @@ def _plain_vit(width: int, depth: int, heads: int) -> Architecture:
 ARCHS = {
     "vit_pico": _plain_vit(64, 2, 2),  # for tests
     "vit_nano": _plain_vit(128, 6, 4),  # for laptops
+    "vit_micro": _plain_vit(192, 6, 3),  # of the weights that come with SSRL
     "vit_tiny": _plain_vit(192, 12, 3),
     "vit_small": _plain_vit(384, 12, 6),
     "vit_small_h12": _plain_vit(384, 12, 12),  # MoCo v3's ViT-S (arXiv 2104.02057) has 12 heads

@@ -1,10 +1,11 @@
 """How well do frozen features grade, which recipe teaches them best, and how soon?
 
-    python -m benchmarks.study_quality --name drawn --configs configs/drawn.yaml --minutes 75 \
+    python -m benchmarks.study_quality --name drawn --configs configs/drawn.yaml \
         --data EYEPACS --folds --also IDRID --test-data IDRID APTOS
 
-Trains every config for the same minutes with every seed. The epochs that these take are found by
-one epoch of trial on this machine, so that learning rates end where they should. Recipes without
+Trains every config with every seed, for its own epochs or, with `--minutes`, for the same minutes:
+the epochs that these take are then found by one epoch of trial on this machine, so that learning
+rates end where they should. Recipes without
 `data` of their own learn from the training split of `--data`. Then k-NN and linear probe judge the
 frozen network, beside the untrained one, mean colours and hand-made statistics:
 
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
 
 from tools.report_compare import compare
@@ -57,7 +59,7 @@ class Study:
 
     name: str
     data: str
-    minutes: float
+    minutes: float | None  # of each training; None: as long as the recipe says
     test_sets: tuple[TestSet, ...]  # the first one is that of the curve
     more: tuple[str, ...] = ()  # options of SSRL.py
 
@@ -95,31 +97,33 @@ def call(script: str, *options: str) -> None:
 
 # ---------------------------------------------------------------------------------------- training
 def train(study: Study, config: Path, seed: int) -> Path:
-    """Train a recipe for the study's minutes; return the run's folder."""
+    """Train a recipe for its own epochs or the study's minutes; return the run's folder."""
     run = study.folder / f"{config.stem}-{seed}"
-    options = ["--config", str(config), "--seed", str(seed), *study.more]
-    if not _has_data(config):
+    recipe = read_recipe(config)
+    options = ["--config", str(config), "--seed", str(seed), "--knn-every", "0", *study.more]
+    if "data" not in recipe:
         options += ["--data", study.data]
-    epochs = _epochs_in(study, config, options)
+    epochs = recipe["epochs"]
+    if study.minutes is not None:
+        epochs = _epochs_in(study, config, options)
+        # A warm-up that is longer than a fifth of a short training would leave little of it.
+        warmup = max(1, epochs // 10)
+        options += ["--epochs", str(epochs), "--warmup-epochs", str(warmup)]
     kept = max(1, epochs // POINTS)
-    # A warm-up that is longer than a fifth of a short training would leave little of it.
-    warmup = max(1, epochs // 10)
-    options += ["--epochs", str(epochs), "--warmup-epochs", str(warmup), "--knn-every", "0"]
     call("SSRL.py", *options, "--keep-every", str(kept), "--output-dir", str(run))
     return run
 
 
-def _has_data(config: Path) -> bool:
-    """Return whether a recipe says what it learns from."""
-    lines = config.read_text(encoding="utf-8").splitlines()
-    return any(line.startswith("data:") for line in lines)
+def read_recipe(config: Path) -> dict[str, Any]:
+    """Return the options that a recipe sets."""
+    return yaml.safe_load(config.read_text(encoding="utf-8"))
 
 
 def _epochs_in(study: Study, config: Path, options: Sequence[str]) -> int:
     """Return how many epochs the study's minutes hold, by one epoch of trial."""
     trial = study.folder / f"{config.stem}-trial"
     if not (trial / "backbone.safetensors").is_file():
-        short = ["--epochs", "1", "--warmup-epochs", "0", "--knn-every", "0", "--keep-every", "0"]
+        short = ["--epochs", "1", "--warmup-epochs", "0", "--keep-every", "0"]
         call("SSRL.py", *options, *short, "--output-dir", str(trial))
     measured = [line for line in read_log(trial) if "images_per_s" in line]
     # The first lines have the start of the workers in them.
@@ -293,7 +297,7 @@ def parse_arguments() -> tuple[Study, argparse.Namespace]:
     parser.add_argument("--name", required=True, help="name of the study")
     parser.add_argument("--data", required=True, help="prepared folder with grades")
     parser.add_argument("--configs", nargs="+", type=Path, required=True, help="recipes")
-    parser.add_argument("--minutes", type=float, default=30, help="of each training")
+    parser.add_argument("--minutes", type=float, help="of each training; else the recipe's epochs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a run for each")
     parser.add_argument("--test-data", nargs="+", default=[], help="further sets, nothing refitted")
     parser.add_argument("--also", nargs="+", default=[], help="further sets, fitted on their own")
@@ -301,7 +305,7 @@ def parse_arguments() -> tuple[Study, argparse.Namespace]:
         "--folds", action="store_true", help="test all of --data, for recipes with own data"
     )
     options, more = parser.parse_known_args()
-    if options.folds and not all(_has_data(config) for config in options.configs):
+    if options.folds and not all("data" in read_recipe(one) for one in options.configs):
         parser.error(
             "--folds: a recipe that learns from --data would have seen the test photographs"
         )
