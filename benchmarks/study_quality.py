@@ -34,6 +34,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
+from SSRL import Options
 from tools.report_compare import compare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,8 +104,9 @@ def train(study: Study, config: Path, seed: int) -> Path:
     options = ["--config", str(config), "--seed", str(seed), "--knn-every", "0", *study.more]
     if "data" not in recipe:
         options += ["--data", study.data]
-    epochs = recipe["epochs"]
-    if study.minutes is not None:
+    if study.minutes is None:
+        epochs = recipe.get("epochs", Options.epochs)
+    else:
         epochs = _epochs_in(study, config, options)
         # A warm-up that is longer than a fifth of a short training would leave little of it.
         warmup = max(1, epochs // 10)
