@@ -25,7 +25,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
+from data import open_manifest
 from SSRL import Options
 from tools.report_compare import compare
 
 ROOT = Path(__file__).resolve().parents[1]
-POINTS = 5  # epochs of a run that its curve shows, beside the untrained one
 SHOWN = ("qwk", "referable_auroc")
 HANDMADE = "hand-made"
 UNTRAINED = "checkpoint-0000.pth"  # what a run writes before its first step
@@ -63,6 +64,8 @@ class Study:
     minutes: float | None  # of each training; None: as long as the recipe says
     test_sets: tuple[TestSet, ...]  # the first one is that of the curve
     more: tuple[str, ...] = ()  # options of SSRL.py
+    jobs: int = 1  # trainings, or evaluations, at a time
+    points: int = 5  # epochs of a run that its curve shows, beside the untrained one
 
     @property
     def folder(self) -> Path:
@@ -111,7 +114,7 @@ def train(study: Study, config: Path, seed: int) -> Path:
         # A warm-up that is longer than a fifth of a short training would leave little of it.
         warmup = max(1, epochs // 10)
         options += ["--epochs", str(epochs), "--warmup-epochs", str(warmup)]
-    kept = max(1, epochs // POINTS)
+    kept = max(1, epochs // study.points)
     call("SSRL.py", *options, "--keep-every", str(kept), "--output-dir", str(run))
     return run
 
@@ -148,76 +151,114 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 # -------------------------------------------------------------------------------------- evaluation
 @dataclass(frozen=True)
-class Line:
-    """A row of the table: a method on a test set, and the folder of its results for each seed."""
+class Evaluation:
+    """A run of one of the evaluations on a test set."""
 
     test_set: TestSet
+    kind: str  # "knn" or "linear"
+    weights: Path
+    name: str  # of the folder that receives it, but for the test set
+    options: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> Path:
+        """Where it is written: beside its weights unless `name` is a path of its own."""
+        folder = self.weights if self.weights.is_dir() else self.weights.parent
+        return folder / f"{self.name}-{self.test_set.name}"
+
+    @property
+    def results(self) -> Path:
+        """Where its results.json lies."""
+        return self.output / self.test_set.inside
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: a method on a test set, evaluated for each seed."""
+
     name: str
-    evaluation: str  # "15-NN" or "linear"
-    folders: tuple[Path, ...]
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def test_set(self) -> TestSet:
+        """What it is tested on."""
+        return self.evaluations[0].test_set
+
+    @property
+    def title(self) -> str:
+        """How it is evaluated."""
+        return {"knn": "15-NN", "linear": "linear"}[self.evaluations[0].kind]
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of its results, one a seed."""
+        return [one.results for one in self.evaluations]
 
 
-def evaluate(
-    study: Study, kind: str, weights: Path, output: Path, test_set: TestSet, *options: str
-) -> Path:
-    """Evaluate weights by `kind`, "knn" or "linear", into a folder; return that of the results."""
-    output = output.with_name(f"{output.name}-{test_set.name}")
-    found = output / test_set.inside
-    if not (found / "results.json").is_file():
-        # One cache for all, since its files are named by weights and photographs.
-        cache = study.folder / "features"
-        cache.mkdir(exist_ok=True)
-        output.mkdir(parents=True, exist_ok=True)
-        if not (output / "features").exists():
-            (output / "features").symlink_to(cache)
-        if kind == "knn":
-            options = (*options, "--k", "15")
-        where = (*test_set.options, "--output-dir", str(output))
-        call(
-            f"eval_{kind}.py",
-            *("--pretrained", str(weights), *where, *options),
-            *("--no-pictures", "--allow-seen"),
-        )
-    return found
-
-
-def judge(study: Study, test_set: TestSet, runs: dict[str, list[Path]]) -> list[Line]:
+def list_lines(study: Study, test_set: TestSet, runs: dict[str, list[Path]]) -> list[Line]:
     """Return a test set's lines of the table: recipes, their untrained networks, and no network."""
     lines = []
     for name, folders in runs.items():
-        for kind, title in (("knn", "15-NN"), ("linear", "linear")):
-            trained = [evaluate(study, kind, run, run / f"{kind}-end", test_set) for run in folders]
+        for kind in ("knn", "linear"):
+            trained = [Evaluation(test_set, kind, run, f"{kind}-end") for run in folders]
             before = [
-                evaluate(study, kind, run / UNTRAINED, run / f"{kind}-start", test_set)
-                for run in folders
+                Evaluation(test_set, kind, run / UNTRAINED, f"{kind}-start") for run in folders
             ]
-            lines.append(Line(test_set, name, title, tuple(trained)))
-            lines.append(Line(test_set, f"{name}, untrained", title, tuple(before)))
+            lines.append(Line(name, tuple(trained)))
+            lines.append(Line(f"{name}, untrained", tuple(before)))
 
     # These need no network; any of the runs tells which photographs are meant.
     run = next(iter(runs.values()))[0]
-    none = study.folder / "none"
-    for kind, title, features in (
-        ("knn", "15-NN", "handmade"),
-        ("linear", "linear", "handmade"),
-        ("linear", "linear", "color"),
-    ):
-        output = none / f"{kind}-{features}"
-        folder = evaluate(study, kind, run, output, test_set, "--features", features)
-        name = HANDMADE if features == "handmade" else "mean colours"
-        lines.append(Line(test_set, name, title, (folder,)))
+    for kind, features in (("knn", "handmade"), ("linear", "handmade"), ("linear", "color")):
+        folder = str(study.folder / "none" / f"{kind}-{features}")
+        none = Evaluation(test_set, kind, run, folder, ("--features", features))
+        lines.append(Line(HANDMADE if features == "handmade" else "mean colours", (none,)))
     return lines
+
+
+def evaluate(study: Study, evaluation: Evaluation) -> None:
+    """Run an evaluation, unless its results are there."""
+    if (evaluation.results / "results.json").is_file():
+        return
+    # One cache for all, since its files are named by weights and photographs.
+    cache = study.folder / "features"
+    cache.mkdir(exist_ok=True)
+    output = evaluation.output
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / "features").exists():
+        (output / "features").symlink_to(cache)
+    options = evaluation.options
+    if evaluation.kind == "knn":
+        options = (*options, "--k", "15")
+    call(
+        f"eval_{evaluation.kind}.py",
+        *("--pretrained", str(evaluation.weights), *evaluation.test_set.options),
+        *("--output-dir", str(output), *options, "--no-pictures", "--allow-seen"),
+    )
+
+
+def evaluate_all(study: Study, lines: Sequence[Line]) -> None:
+    """Run all evaluations of these lines."""
+    for kind in ("knn", "linear"):  # the second finds the features that the first one kept
+        wanted = [one for line in lines for one in line.evaluations if one.kind == kind]
+        side_by_side(study, lambda one: evaluate(study, one), wanted)
+
+
+def side_by_side(study: Study, do: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Return what `do` makes of the items, as many at a time as the study's jobs."""
+    with ThreadPoolExecutor(study.jobs) as pool:
+        return list(pool.map(do, items))
 
 
 def tabulate(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Return a row for each line of a test set, with the paired difference from hand-made."""
-    handmade = {line.evaluation: line for line in lines if line.name == HANDMADE}
+    handmade = {line.title: line for line in lines if line.name == HANDMADE}
     rows = []
     for line in lines:
         found = [json.loads((one / "results.json").read_text("utf-8")) for one in line.folders]
         row: dict[str, Any] = {"test": line.test_set.title, "method": line.name}
-        row |= {"evaluation": line.evaluation, "images": found[0]["data"]["test"]["images"]}
-        comparison = compare(line.folders, handmade[line.evaluation].folders, SHOWN)
+        row |= {"evaluation": line.title, "images": found[0]["data"]["test"]["images"]}
+        comparison = compare(line.folders, handmade[line.title].folders, SHOWN)
         differences = next(iter(comparison.parts.values()))
         for metric in SHOWN:
             row[metric] = [one["metrics"][metric]["value"] for one in found]
@@ -253,11 +294,16 @@ def read_curve(study: Study, run: Path) -> list[dict[str, float]]:
     """Return minutes and the k-NN's numbers on the first test set, of a run's kept epochs."""
     lines = read_log(run)
     seconds_of_epoch = _seconds_of_epoch(run, lines)
+    checkpoints = sorted(run.glob("checkpoint-[0-9]*.pth"))
+    epochs = [int(one.stem.removeprefix("checkpoint-")) for one in checkpoints]
+    evaluations = [
+        Evaluation(study.test_sets[0], "knn", checkpoint, f"knn-{epoch:04d}")
+        for checkpoint, epoch in zip(checkpoints, epochs, strict=True)
+    ]
+    side_by_side(study, lambda one: evaluate(study, one), evaluations)
     points = []
-    for checkpoint in sorted(run.glob("checkpoint-[0-9]*.pth")):
-        epoch = int(checkpoint.stem.removeprefix("checkpoint-"))
-        folder = evaluate(study, "knn", checkpoint, run / f"knn-{epoch:04d}", study.test_sets[0])
-        metrics = json.loads((folder / "results.json").read_text("utf-8"))["metrics"]
+    for epoch, evaluation in zip(epochs, evaluations, strict=True):
+        metrics = json.loads((evaluation.results / "results.json").read_text("utf-8"))["metrics"]
         point = {"minutes": epoch * seconds_of_epoch / 60}
         for metric in SHOWN:
             point[metric] = metrics[metric]["value"]
@@ -301,12 +347,16 @@ def parse_arguments() -> tuple[Study, argparse.Namespace]:
     parser.add_argument("--configs", nargs="+", type=Path, required=True, help="recipes")
     parser.add_argument("--minutes", type=float, help="of each training; else the recipe's epochs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a run for each")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings or evaluations at a time")
+    parser.add_argument("--points", type=int, default=5, help="of a run's curve")
     parser.add_argument("--test-data", nargs="+", default=[], help="further sets, nothing refitted")
     parser.add_argument("--also", nargs="+", default=[], help="further sets, fitted on their own")
     parser.add_argument(
         "--folds", action="store_true", help="test all of --data, for recipes with own data"
     )
     options, more = parser.parse_known_args()
+    if options.minutes is not None and options.jobs > 1:
+        parser.error("--minutes: a trial alone says nothing about the speed of several at a time")
     if options.folds and not all("data" in read_recipe(one) for one in options.configs):
         parser.error(
             "--folds: a recipe that learns from --data would have seen the test photographs"
@@ -314,7 +364,15 @@ def parse_arguments() -> tuple[Study, argparse.Namespace]:
     test_sets = list_test_sets(
         options.data, folds=options.folds, also=options.also, test_data=options.test_data
     )
-    study = Study(options.name, options.data, options.minutes, test_sets, tuple(more))
+    study = Study(
+        options.name,
+        options.data,
+        options.minutes,
+        test_sets,
+        tuple(more),
+        options.jobs,
+        options.points,
+    )
     return study, options
 
 
@@ -322,12 +380,18 @@ def main() -> None:
     """Train, judge, draw, write."""
     study, options = parse_arguments()
     study.folder.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, list[Path]] = {}
     for config in options.configs:
-        runs[config.stem] = [train(study, config, seed) for seed in options.seeds]
+        open_manifest(read_recipe(config).get("data", study.data))  # drawn once, for all seeds
+    planned = [(config, seed) for config in options.configs for seed in options.seeds]
+    folders = side_by_side(study, lambda one: train(study, *one), planned)
+    runs: dict[str, list[Path]] = {}
+    for (config, _), folder in zip(planned, folders, strict=True):
+        runs.setdefault(config.stem, []).append(folder)
     rows = []
     for test_set in study.test_sets:
-        rows += tabulate(judge(study, test_set, runs))
+        lines = list_lines(study, test_set, runs)
+        evaluate_all(study, lines)
+        rows += tabulate(lines)
     curves = {}
     for name, folders in runs.items():
         curves[name] = [read_curve(study, run) for run in folders]
@@ -336,6 +400,7 @@ def main() -> None:
     first_line = read_log(next(iter(runs.values()))[0])[0]
     results = {
         "minutes": study.minutes,
+        "jobs": study.jobs,
         "seeds": options.seeds,
         "versions": first_line["versions"],
         "rows": rows,

@@ -335,7 +335,9 @@ def test_a_study_compares_all_seeds_with_hand_made_statistics(study, tmp_path, c
     runs = [study_quality.train(found, tmp_path / "recipe.yaml", seed) for seed in (0, 1)]
     rows = []
     for test_set in found.test_sets:
-        rows += study_quality.tabulate(study_quality.judge(found, test_set, {"recipe": runs}))
+        lines = study_quality.list_lines(found, test_set, {"recipe": runs})
+        study_quality.evaluate_all(found, lines)
+        rows += study_quality.tabulate(lines)
     methods = ["recipe", "recipe, untrained"] * 2 + ["hand-made"] * 2 + ["mean colours"]
     assert [row["method"] for row in rows] == methods * 2
     titles = ["graded, all by folds", "other, fitted on graded"]
@@ -352,7 +354,7 @@ def test_a_study_compares_all_seeds_with_hand_made_statistics(study, tmp_path, c
     assert len(table) == 2 + len(rows) and f"{gain['value']:+.3f} [" in table[4]
 
     before = len(asked)
-    study_quality.judge(found, found.test_sets[0], {"recipe": runs})
+    study_quality.evaluate_all(found, lines)
     assert len(asked) == before, "nothing is evaluated twice"
     curve = study_quality.read_curve(found, runs[0])
     assert [point["minutes"] for point in curve] == pytest.approx([0, 6 * 2 / 60])
