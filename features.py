@@ -139,6 +139,7 @@ class FrozenTeacher(nn.Module):
         (features,) = self.network.forward_intermediates(
             images, indices=1, intermediates_only=True, output_fmt="NCHW"
         )
+        features = features.float()  # torch resizes no bf16 on a CPU
         embedding = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
         patches = F.interpolate(features, (self.grid, self.grid), mode="bilinear", antialias=True)
         return Tokens(embedding, patches.flatten(2).transpose(1, 2))

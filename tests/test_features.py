@@ -394,6 +394,18 @@ def test_a_network_of_convolutions_teaches_its_last_map(name):
     torch.testing.assert_close(tokens.patches.mean(dim=1), last.mean((2, 3)), rtol=1e-3, atol=1e-4)
 
 
+def test_a_network_of_convolutions_teaches_in_half_precision():
+    # Where torch resizes no bf16, as on a CPU, the map is resized in fp32.
+    network = timm.create_model("resnet10t", num_classes=0).eval().requires_grad_(False)
+    teacher = features.FrozenTeacher(network, 64, 4)
+    crops = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    exact = teacher(crops)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = teacher(crops)
+    near = {"rtol": 0.1, "atol": 0.1 * float(exact.patches.std())}
+    torch.testing.assert_close(tokens.patches.float(), exact.patches, **near)
+
+
 def test_a_vit_teaches_tokens_of_the_students_grid():
     backbone = Backbone(BackboneSpec("vit_pico", 8, 32)).eval()
     teacher = features.FrozenTeacher(backbone, 32, 4)
