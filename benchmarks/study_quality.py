@@ -103,14 +103,11 @@ def call(script: str, *options: str) -> None:
 def train(study: Study, config: Path, seed: int) -> Path:
     """Train a recipe for its own epochs or the study's minutes; return the run's folder."""
     run = study.folder / f"{config.stem}-{seed}"
-    recipe = read_recipe(config)
-    options = ["--config", str(config), "--seed", str(seed), "--knn-every", "0", *study.more]
-    if "data" not in recipe:
-        options += ["--data", study.data]
+    options = [*list_options(study, config), "--seed", str(seed)]
     if study.minutes is None:
-        epochs = recipe.get("epochs", Options.epochs)
+        epochs = read_recipe(config).get("epochs", Options.epochs)
     else:
-        epochs = _epochs_in(study, config, options)
+        epochs = count_epochs(study, config)
         # A warm-up that is longer than a fifth of a short training would leave little of it.
         warmup = max(1, epochs // 10)
         options += ["--epochs", str(epochs), "--warmup-epochs", str(warmup)]
@@ -119,17 +116,25 @@ def train(study: Study, config: Path, seed: int) -> Path:
     return run
 
 
+def list_options(study: Study, config: Path) -> list[str]:
+    """Return the options of SSRL.py that all trainings of a recipe share."""
+    options = ["--config", str(config), "--knn-every", "0", *study.more]
+    if "data" not in read_recipe(config):
+        options += ["--data", study.data]
+    return options
+
+
 def read_recipe(config: Path) -> dict[str, Any]:
     """Return the options that a recipe sets."""
     return yaml.safe_load(config.read_text(encoding="utf-8"))
 
 
-def _epochs_in(study: Study, config: Path, options: Sequence[str]) -> int:
+def count_epochs(study: Study, config: Path) -> int:
     """Return how many epochs the study's minutes hold, by one epoch of trial."""
     trial = study.folder / f"{config.stem}-trial"
     if not (trial / "backbone.safetensors").is_file():
         short = ["--epochs", "1", "--warmup-epochs", "0", "--keep-every", "0"]
-        call("SSRL.py", *options, *short, "--output-dir", str(trial))
+        call("SSRL.py", *list_options(study, config), *short, "--output-dir", str(trial))
     measured = [line for line in read_log(trial) if "images_per_s" in line]
     # The first lines have the start of the workers in them.
     speed = measured[-1]["images_per_s"]
@@ -382,6 +387,10 @@ def main() -> None:
     study.folder.mkdir(parents=True, exist_ok=True)
     for config in options.configs:
         open_manifest(read_recipe(config).get("data", study.data))  # drawn once, for all seeds
+    if study.minutes is not None:
+        # All trials come first, close in time, so that a machine that others load treats all alike.
+        for config in options.configs:
+            print(f"{config.stem}: {count_epochs(study, config)} epochs")
     planned = [(config, seed) for config in options.configs for seed in options.seeds]
     folders = side_by_side(study, lambda one: train(study, *one), planned)
     runs: dict[str, list[Path]] = {}
