@@ -132,9 +132,8 @@ def read_recipe(config: Path) -> dict[str, Any]:
 def count_epochs(study: Study, config: Path) -> int:
     """Return how many epochs the study's minutes hold, by one epoch of trial."""
     trial = study.folder / f"{config.stem}-trial"
-    if not (trial / "backbone.safetensors").is_file():
-        short = ["--epochs", "1", "--warmup-epochs", "0", "--keep-every", "0"]
-        call("SSRL.py", *list_options(study, config), *short, "--output-dir", str(trial))
+    short = ["--epochs", "1", "--warmup-epochs", "0", "--keep-every", "0"]
+    call("SSRL.py", *list_options(study, config), *short, "--output-dir", str(trial))
     measured = [line for line in read_log(trial) if "images_per_s" in line]
     # The first lines have the start of the workers in them.
     speed = measured[-1]["images_per_s"]
