@@ -40,7 +40,7 @@ from vision_transformer import (
 )
 
 # Weights that come with SSRL, and the names by which --init and --pretrained know them.
-SHIPPED = {"drawn": HERE / "weights" / "drawn_vit_nano.safetensors"}
+SHIPPED = {"drawn": HERE / "weights" / "drawn_vit_micro.safetensors"}
 
 # A small convolutional network whose ImageNet weights come as a Python package, without download.
 LITE = "efficientnet_lite0"

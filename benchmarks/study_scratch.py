@@ -1,17 +1,13 @@
 """Does a recipe hold from scratch? Train it with several seeds and draw how it went.
 
-    python -m benchmarks.study_scratch --name eyepacs960 --data DATA --config configs/scratch.yaml
-    python -m benchmarks.study_scratch --name synthetic --data DRAWN --draw-seed 101 \
-        --config configs/demo.yaml
-
-`--draw-seed` first draws 1,000 synthetic photographs of that seed into `--data`, so that nothing is
-tuned on those of `--data synthetic`. Options that this script does not know go to SSRL.py, to try a
-change of the recipe.
+    python -m benchmarks.study_scratch --name real --data PREPARED \
+        --config benchmarks/recipes/distillation_96px.yaml
 
 For every seed the results say whether it held over the last half of training, and how the 15-NN
 scores on the untrained and on the trained network, on the test split or on `--test-data`. The
 script writes runs/study-NAME-SEED/, docs/scratch-NAME.png and
-benchmarks/results/scratch-NAME.json.
+benchmarks/results/scratch-NAME.json. Options that this script does not know go to SSRL.py, to try a
+change of the recipe.
 """
 
 from __future__ import annotations
@@ -27,10 +23,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fundus.synthetic import draw_folder
-
 ROOT = Path(__file__).resolve().parents[1]
-DRAWN = 1000  # synthetic photographs
 UNTRAINED = "checkpoint-0000.pth"  # what a run writes before its first step
 
 # The quantities of a log that are drawn, one panel each, and their labels.
@@ -182,12 +175,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return this script's options, and those that are left for SSRL.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", required=True, help="name of the study")
-    parser.add_argument(
-        "--data", required=True, help="prepared folder, or a new one that --draw-seed draws into"
-    )
+    parser.add_argument("--data", required=True, help="prepared folder")
     parser.add_argument("--config", required=True, help="recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a run for each")
-    parser.add_argument("--draw-seed", type=int, help="draw synthetic photographs of this seed")
     parser.add_argument("--test-data", help="test the 15-NN on this, not on the test split")
     return parser.parse_known_args()
 
@@ -195,10 +185,6 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     """Train the seeds one after another, judge and draw them."""
     options, more = parse_arguments()
-    folder = Path(options.data)
-    if options.draw_seed is not None and not (folder / "manifest.csv").is_file():
-        draw_folder(folder.resolve(), DRAWN, options.draw_seed)
-
     seeds = {}
     verdicts = {}
     for seed in options.seeds:
@@ -219,7 +205,7 @@ def main() -> None:
     draw(seeds, log_k, title, ROOT / "docs" / f"scratch-{options.name}.png")
     verdicts["gain in QWK"] = gain_in_qwk(list(verdicts.values()))
     results = {
-        "options": {**first_line["options"], "data": folder.name},
+        "options": {**first_line["options"], "data": Path(options.data).name},
         "versions": versions,
         "verdicts": verdicts,
     }

@@ -20,6 +20,8 @@ TOP = sorted(HERE.glob("*.py"))
 FUNDUS = sorted(HERE.glob("fundus/*.py"))
 SCRIPTS = ("SSRL", "eval_knn", "eval_linear", "visualize_attention", "prepare_data")
 SOURCES = [*TOP, *FUNDUS, *sorted(HERE.glob("t*/*.py")), *sorted(HERE.glob("benchmarks/*.py"))]
+CONFIGS = sorted(HERE.glob("configs/*.yaml"))
+RECIPES = sorted(HERE.glob("benchmarks/recipes/*.yaml"))
 MAY_IMPORT = {
     "utils": (),
     "losses": (),
@@ -133,7 +135,7 @@ def test_public_names_have_docstrings(path):
     assert not [node.name for node in long if not ast.get_docstring(node)]
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *sorted(HERE.glob("configs/*.yaml"))], ids=name_of)
+@pytest.mark.parametrize("path", [*SOURCES, *CONFIGS, *RECIPES], ids=name_of)
 def test_plain_text_without_leftovers(path):
     text = path.read_bytes().decode("ascii")
     assert not LEFTOVERS.search(text) and "\t" not in text and text.endswith("\n")
@@ -185,12 +187,17 @@ def test_every_number_among_the_options_has_bounds(name):
     assert bounded >= 2
 
 
-@pytest.mark.parametrize("path", sorted(HERE.glob("configs/*.yaml")), ids=name_of)
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_configs_name_a_command_that_exists(path):
     header = path.read_text(encoding="utf-8")
     named = re.findall(r"(\w+)\.py", header)
     assert named and {f"{name}.py" for name in named} <= {p.name for p in TOP}
     assert utils.parse(options_class(named[0]), ["--config", str(path)])[1] == path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipes_of_studies_parse(path):
+    assert utils.parse(options_class("SSRL"), ["--config", str(path)])[1] == path
 
 
 def test_commands_of_the_readme_exist():

@@ -1,6 +1,6 @@
 """Write a run's backbone as one small file: half precision, with its recipe in its header.
 
-    python -m tools.export --pretrained runs/drawn --out weights/drawn_vit_nano.safetensors
+    python -m tools.export --pretrained runs/drawn --out weights/drawn_vit_micro.safetensors
 
 Reads what `--pretrained` of the evaluations reads. What it writes is read by them and by `--init`,
 in fp32 again: weights of half precision differ from theirs by one part in 2,000 at most.
