@@ -13,6 +13,7 @@ frozen network, beside the untrained one, mean colours and hand-made statistics:
 - on `--test-data`, with what was fitted on `--data`,
 - on the test splits of `--also`, with probes of their own.
 
+`--vary data synthetic:250@512 synthetic:500@512` makes a recipe of each value of an option.
 Some epochs on the way are judged by k-NN on the first. Writes runs/quality-NAME/,
 docs/quality-NAME.png and benchmarks/results/quality-NAME.json, and prints the table. What is there
 already is not made again, so that a study that was stopped goes on. Options that this script does
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -53,6 +55,26 @@ class TestSet:
     title: str  # in the table: what is tested, and what the probe was fitted on
     options: tuple[str, ...]  # of the evaluations
     inside: str = ""  # where in an evaluation's folder the results lie
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained: a config, and a change of it."""
+
+    config: Path
+    name: str
+    changed: tuple[str, ...] = ()  # options of SSRL.py
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that the config sets."""
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
+    def data(self, study: Study) -> str:
+        """What it learns from."""
+        if "--data" in self.changed:
+            return self.changed[self.changed.index("--data") + 1]
+        return self.settings.get("data", study.data)
 
 
 @dataclass(frozen=True)
@@ -100,14 +122,30 @@ def call(script: str, *options: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------- training
-def train(study: Study, config: Path, seed: int) -> Path:
+def list_recipes(configs: Sequence[Path], vary: Sequence[str]) -> list[Recipe]:
+    """Return what is trained: the configs or, with `vary`, each with each value of an option.
+
+    `vary` is the option's name, then its values.
+    """
+    recipes = []
+    for config in configs:
+        if not vary:
+            recipes.append(Recipe(config, config.stem))
+        for value in vary[1:]:
+            flag = "--" + vary[0].removeprefix("--")
+            name = f"{config.stem}, {vary[0]} {value}"
+            recipes.append(Recipe(config, name, (flag, value)))
+    return recipes
+
+
+def train(study: Study, recipe: Recipe, seed: int) -> Path:
     """Train a recipe for its own epochs or the study's minutes; return the run's folder."""
-    run = study.folder / f"{config.stem}-{seed}"
-    options = [*list_options(study, config), "--seed", str(seed)]
+    run = study.folder / f"{folder_name(recipe)}-{seed}"
+    options = [*list_options(study, recipe), "--seed", str(seed)]
     if study.minutes is None:
-        epochs = read_recipe(config).get("epochs", Options.epochs)
+        epochs = recipe.settings.get("epochs", Options.epochs)
     else:
-        epochs = count_epochs(study, config)
+        epochs = count_epochs(study, recipe)
         # A warm-up that is longer than a fifth of a short training would leave little of it.
         warmup = max(1, epochs // 10)
         options += ["--epochs", str(epochs), "--warmup-epochs", str(warmup)]
@@ -116,24 +154,22 @@ def train(study: Study, config: Path, seed: int) -> Path:
     return run
 
 
-def list_options(study: Study, config: Path) -> list[str]:
+def folder_name(recipe: Recipe) -> str:
+    """Return a recipe's name as that of a folder."""
+    return re.sub(r"[^\w.-]+", "-", recipe.name)
+
+
+def list_options(study: Study, recipe: Recipe) -> list[str]:
     """Return the options of SSRL.py that all trainings of a recipe share."""
-    options = ["--config", str(config), "--knn-every", "0", *study.more]
-    if "data" not in read_recipe(config):
-        options += ["--data", study.data]
-    return options
+    options = ["--config", str(recipe.config), "--knn-every", "0"]
+    return [*options, *study.more, "--data", recipe.data(study), *recipe.changed]
 
 
-def read_recipe(config: Path) -> dict[str, Any]:
-    """Return the options that a recipe sets."""
-    return yaml.safe_load(config.read_text(encoding="utf-8"))
-
-
-def count_epochs(study: Study, config: Path) -> int:
+def count_epochs(study: Study, recipe: Recipe) -> int:
     """Return how many epochs the study's minutes hold, by one epoch of trial."""
-    trial = study.folder / f"{config.stem}-trial"
+    trial = study.folder / f"{folder_name(recipe)}-trial"
     short = ["--epochs", "1", "--warmup-epochs", "0", "--keep-every", "0"]
-    call("SSRL.py", *list_options(study, config), *short, "--output-dir", str(trial))
+    call("SSRL.py", *list_options(study, recipe), *short, "--output-dir", str(trial))
     measured = [line for line in read_log(trial) if "images_per_s" in line]
     # The first lines have the start of the workers in them.
     speed = measured[-1]["images_per_s"]
@@ -350,6 +386,9 @@ def parse_arguments() -> tuple[Study, argparse.Namespace]:
     parser.add_argument("--data", required=True, help="prepared folder with grades")
     parser.add_argument("--configs", nargs="+", type=Path, required=True, help="recipes")
     parser.add_argument("--minutes", type=float, help="of each training; else the recipe's epochs")
+    parser.add_argument(
+        "--vary", nargs="+", default=[], help="an option of SSRL.py and values; a recipe for each"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a run for each")
     parser.add_argument("--jobs", type=int, default=1, help="trainings or evaluations at a time")
     parser.add_argument("--points", type=int, default=5, help="of a run's curve")
@@ -361,7 +400,8 @@ def parse_arguments() -> tuple[Study, argparse.Namespace]:
     options, more = parser.parse_known_args()
     if options.minutes is not None and options.jobs > 1:
         parser.error("--minutes: a trial alone says nothing about the speed of several at a time")
-    if options.folds and not all("data" in read_recipe(one) for one in options.configs):
+    has_data = ["data" in Recipe(one, one.stem).settings for one in options.configs]
+    if options.folds and not all(has_data):
         parser.error(
             "--folds: a recipe that learns from --data would have seen the test photographs"
         )
@@ -384,17 +424,18 @@ def main() -> None:
     """Train, judge, draw, write."""
     study, options = parse_arguments()
     study.folder.mkdir(parents=True, exist_ok=True)
-    for config in options.configs:
-        open_manifest(read_recipe(config).get("data", study.data))  # drawn once, for all seeds
+    recipes = list_recipes(options.configs, options.vary)
+    for recipe in recipes:
+        open_manifest(recipe.data(study))  # drawn once, for all seeds
     if study.minutes is not None:
         # All trials come first, close in time, so that a machine that others load treats all alike.
-        for config in options.configs:
-            print(f"{config.stem}: {count_epochs(study, config)} epochs")
-    planned = [(config, seed) for config in options.configs for seed in options.seeds]
+        for recipe in recipes:
+            print(f"{recipe.name}: {count_epochs(study, recipe)} epochs")
+    planned = [(recipe, seed) for recipe in recipes for seed in options.seeds]
     folders = side_by_side(study, lambda one: train(study, *one), planned)
     runs: dict[str, list[Path]] = {}
-    for (config, _), folder in zip(planned, folders, strict=True):
-        runs.setdefault(config.stem, []).append(folder)
+    for (recipe, _), folder in zip(planned, folders, strict=True):
+        runs.setdefault(recipe.name, []).append(folder)
     rows = []
     for test_set in study.test_sets:
         lines = list_lines(study, test_set, runs)

@@ -312,27 +312,41 @@ def study(tmp_path, monkeypatch):
 
 def test_recipes_of_a_study_train_for_the_same_minutes(study, tmp_path):
     found, asked = study
-    run = study_quality.train(found, tmp_path / "recipe.yaml", 7)
+    (recipe,) = study_quality.list_recipes([tmp_path / "recipe.yaml"], [])
+    run = study_quality.train(found, recipe, 7)
     assert run == tmp_path / "runs" / "quality-x" / "recipe-7"
     trial, whole = asked
     assert trial[trial.index("--epochs") + 1] == "1"
     # An epoch of 10 steps of 32 photographs at 160 a second takes 2 seconds: 30 in a minute.
     assert whole[whole.index("--epochs") + 1] == "30"
     assert whole[whole.index("--keep-every") + 1] == "6"
+    assert whole[whole.index("--seed") + 1] == "7"
     for command in asked:
         assert command[command.index("--data") + 1] == "sets/graded"
         assert command[command.index("--lr") + 1] == "1"
-        assert command[command.index("--seed") + 1] == "7"
 
     (tmp_path / "recipe.yaml").write_text("data: synthetic\n")
-    study_quality.train(found, tmp_path / "recipe.yaml", 8)
-    assert len(asked) == 3, "one trial serves all seeds"
-    assert "--data" not in asked[-1]
+    study_quality.train(found, recipe, 8)
+    assert asked[-1][asked[-1].index("--data") + 1] == "synthetic"
+    # The trial that is there says that it is finished, and is measured again.
+    assert asked[2][asked[2].index("--output-dir") + 1] == trial[trial.index("--output-dir") + 1]
+
+
+def test_a_study_varies_an_option(study, tmp_path):
+    found, asked = study
+    vary = ["data", "synthetic:250@512", "synthetic:500@512"]
+    small, large = study_quality.list_recipes([tmp_path / "recipe.yaml"], vary)
+    assert small.name == "recipe, data synthetic:250@512"
+    assert large.data(found) == "synthetic:500@512"
+    run = study_quality.train(found, small, 0)
+    assert run.name == "recipe-data-synthetic-250-512-0"
+    assert "synthetic:250@512" in asked[-1] and "sets/graded" not in asked[-1]
 
 
 def test_a_study_compares_all_seeds_with_hand_made_statistics(study, tmp_path, capsys):
     found, asked = study
-    runs = [study_quality.train(found, tmp_path / "recipe.yaml", seed) for seed in (0, 1)]
+    recipe = study_quality.Recipe(tmp_path / "recipe.yaml", "recipe")
+    runs = [study_quality.train(found, recipe, seed) for seed in (0, 1)]
     rows = []
     for test_set in found.test_sets:
         lines = study_quality.list_lines(found, test_set, {"recipe": runs})
