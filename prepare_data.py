@@ -35,9 +35,19 @@ from fundus import copies, photographs, review, splits
 from fundus.adapters import LayoutName, layout_help
 from fundus.layouts import read_data
 from fundus.listing import Reading
-from fundus.manifest import GRADES, Manifest, picture_paths, picture_records, write_manifest
+from fundus.manifest import Manifest, picture_paths, picture_records, write_manifest
 from fundus.review import Facts
-from utils import Bounds, InputError, Stopped, check_bounds, log, run_main, write_atomic, write_json
+from utils import (
+    Bounds,
+    InputError,
+    Stopped,
+    check_bounds,
+    flag_of,
+    log,
+    run_main,
+    write_atomic,
+    write_json,
+)
 
 try:
     import fcntl
@@ -46,6 +56,9 @@ except ImportError:  # Windows
 
 # Of all photographs. From here on the data set itself is in doubt, not single files of it.
 BAD_SHARE = 0.01
+
+
+GradeWord = Literal["0", "1", "2", "3", "4", "ungradable"]
 
 
 @dataclass
@@ -67,8 +80,12 @@ class PrepareOptions:
     patient_column: str = ""
     """Column of patients in the csv that --path-column reads. Without it names such as 10_left and
     10_right tell the patient, and any other photograph counts as one of its own."""
-    grades: Annotated[dict[str, int], Bounds(0, GRADES - 1)] = field(default_factory=dict)
-    """Grades of class folders, or of a csv's labels, by name: --grades healthy 0 mild 1."""
+    split_column: str = ""
+    """Column of splits (train, val, test) in the csv that --path-column reads. Without it a column
+    named split, set, subset or partition is taken, or the splits are made by patient."""
+    grades: dict[str, GradeWord] = field(default_factory=dict)
+    """Grades of class folders, or of a csv's labels, by name: --grades healthy 0 mild 1. What is
+    ungradable is left out: --grades 5 ungradable."""
     folds: Annotated[int, Bounds(0, 1000)] = 0
     """Also write manifest-fold-1.csv and so on, for cross-validation with this many folds."""
     image_format: Literal["jpeg", "png"] = "jpeg"
@@ -88,8 +105,10 @@ class PrepareOptions:
         check_bounds(self)
         if self.folds == 1:
             raise InputError("--folds 1: expected 2 or more, or 0 for none")
-        if not self.path_column and (self.grade_column or self.patient_column):
-            raise InputError("--grade-column and --patient-column need --path-column as well")
+        if not self.path_column:
+            for name in ("grade_column", "patient_column", "split_column"):
+                if getattr(self, name):
+                    raise InputError(f"{flag_of(name)}: needs --path-column as well")
 
 
 # ----------------------------------------------------------------------------------- one photograph
@@ -309,8 +328,17 @@ def locked(out: Path) -> Iterator[None]:
 
 def read_source(options: PrepareOptions) -> Manifest:
     """Return what is to be prepared and log its notes; InputError before any work is done."""
-    columns = (options.path_column, options.grade_column, options.patient_column)
-    manifest = read_data(options.source, options.layout, Reading(*columns, options.grades))
+    grades = {}
+    for name, word in options.grades.items():
+        grades[name] = None if word == "ungradable" else int(word)
+    reading = Reading(
+        options.path_column,
+        options.grade_column,
+        options.patient_column,
+        grades,
+        options.split_column,
+    )
+    manifest = read_data(options.source, options.layout, reading)
     root = manifest.root.resolve()
     out = Path(options.out).expanduser().resolve()
     if manifest.prepared:

@@ -142,18 +142,25 @@ def _read_ddr(found: Found) -> list[Record] | None:
 
 def _read_messidor2(found: Found) -> list[Record] | None:
     """Read Messidor-2 with the adjudicated grades of messidor_data.csv; all of it is a test set."""
-    columns = ("image_id", "adjudicated_dr_grade")
     file = found.tables.get("messidor_data.csv")
-    if file is None or not set(columns) <= set(read_header(found.root / file)):
+    if file is None:
+        return None
+    # A mirror of prepared photographs has renamed the columns of names and grades.
+    header = read_header(found.root / file)
+    for columns in (("image_id", "adjudicated_dr_grade"), ("id_code", "diagnosis")):
+        if set(columns) <= set(header):
+            break
+    else:
         return None
 
     # Its grades are of Google's graders; the ungradable ones have a flag of their own.
+    name_column, grade_column = columns
     rows = []
     for where, row in read_csv(found.root / file, columns):
-        grade = row["adjudicated_dr_grade"]
+        grade = row[grade_column]
         if row.get("adjudicated_gradable", "1") in ("0", "0.0"):
             grade = "ungradable"
-        rows.append(TableRow(where, row["image_id"], grade))
+        rows.append(TableRow(where, row[name_column], grade))
     dropped = {"ungradable": "ungradable", "": "without a grade"}
     photographs = found.match(found.photographs, file, "test", rows, dropped=dropped)
     records = lone_records(photographs)

@@ -4,7 +4,7 @@ Each function reads a folder for the registry in adapters.py.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -17,8 +17,24 @@ from fundus.listing import (
     named_records,
     stem_of,
 )
-from fundus.manifest import SPLIT_WORDS, Record, check_files, check_path, name_examples, read_csv
+from fundus.manifest import (
+    SPLIT_WORDS,
+    Record,
+    check_files,
+    check_path,
+    is_grade,
+    name_examples,
+    read_csv,
+)
 from utils import InputError
+
+# What tables write where a grade is not known, and how a label stands for "ungradable".
+NOT_KNOWN = {"", "na", "n/a", "nan", "none", "null", "unknown"}
+UNGRADABLE = "ungradable"
+
+# Names under which a table's column says the split, in lower case.
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+
 
 # ------------------------------------------------------------------------------------ class folders
 
@@ -31,11 +47,14 @@ def read_class_folders(found: Found) -> list[Record] | None:
     split_of, class_of = _split_and_class(found.photographs)
 
     # What the user says of a name (--grades) counts before what the name itself says.
-    named = {name.casefold(): grade for name, grade in found.reading.grades.items()}
+    named = found.reading.named
     grade_of = {}
     unknown = []
     for name in sorted(set(class_of.values())):
-        grade_of[name] = named.get(name.casefold(), grade_of_name(name))
+        if name.casefold() in named:
+            grade_of[name] = named[name.casefold()]
+            continue
+        grade_of[name] = grade_of_name(name)
         if grade_of[name] is None:
             unknown.append(name)
     if not split_of and len(unknown) == len(grade_of):
@@ -52,15 +71,40 @@ def read_class_folders(found: Found) -> list[Record] | None:
 
     outside = sorted(set(found.photographs) - set(class_of))
     found.add_note("photographs outside the class folders", outside)
+    _refuse_unused(found, set(grade_of), "class folders")
     # A folder that is called "mild" is of the scale; one that is called 1 may mean anything.
     if not named and all(name.isdecimal() for name in grade_of):
         refuse_two_classes(str(found.root), "class folders", set(grade_of.values()))
-    read_as = ", ".join(f"{name} = {grade}" for name, grade in grade_of.items())
-    found.notes.append(f"folders read as grades: {read_as}")
+    _note_labels(found, "folders", grade_of)
     photographs = []
+    left_out = []
     for path, name in class_of.items():
-        photographs.append(Labelled(path, grade_of[name], split_of.get(path, "train")))
+        if grade_of[name] is None:
+            left_out.append(path)
+        else:
+            photographs.append(Labelled(path, grade_of[name], split_of.get(path, "train")))
+    found.add_note("photographs left out, ungradable", left_out)
     return named_records(photographs)
+
+
+def _note_labels(found: Found, what: str, grade_of: Mapping[str, int | None]) -> None:
+    """Note how labels in words are read."""
+    read_as = []
+    for name, grade in grade_of.items():
+        read_as.append(f"{name} = {UNGRADABLE if grade is None else grade}")
+    if read_as:
+        found.notes.append(f"{what} read as grades: {', '.join(read_as)}")
+
+
+def _refuse_unused(found: Found, labels: set[str], what: str) -> None:
+    """Raise InputError where --grades names a label that is not there: a slip, most likely."""
+    present = {label.casefold() for label in labels}
+    unused = [name for name in found.reading.grades if name.casefold() not in present]
+    if unused:
+        raise InputError(
+            f"{found.root}: --grades {unused[0]}: is none of the {what} "
+            f"({name_examples(sorted(labels))})"
+        )
 
 
 def refuse_two_classes(where: str, what: str, grades: set[int]) -> None:
@@ -163,17 +207,14 @@ def read_csv_file(found: Found) -> list[Record]:
     reading = found.reading
     file = _choose_csv(found)
     columns = [reading.path_column]
-    for column in (reading.grade_column, reading.patient_column):
+    for column in (reading.grade_column, reading.patient_column, reading.split_column):
         if column:
             columns.append(column)
     table = read_csv(found.root / file, columns)
-    # What the user says of a label (--grades) counts before what the label itself says.
-    named = {name.casefold(): str(grade) for name, grade in reading.grades.items()}
+    grades = _read_labels(found, file, table)
     rows = []
-    for where, row in table:
+    for (where, row), grade in zip(table, grades, strict=True):
         check_path(where, row[reading.path_column])
-        label = row.get(reading.grade_column, "")
-        grade = named.get(label.casefold(), label)
         rows.append(TableRow(where, row[reading.path_column], grade))
 
     # Rows go by path. Where none of the paths is there, as in mirrors, names alone have to do.
@@ -182,9 +223,13 @@ def read_csv_file(found: Found) -> list[Record]:
     if any(_path_of(row.name) in photographs for row in rows):
         key = _path_of
     labelled = _match_csv(found, file, rows, key)
-    if not named:
+    if not reading.grades:
         present = {photograph.grade for photograph in labelled if photograph.grade is not None}
         refuse_two_classes(str(found.root / file), f"column {reading.grade_column}", present)
+
+    # A published split stays as it is.
+    split_of = _read_splits(found, file, table, key)
+    labelled = [one._replace(split=split_of.get(key(one.path), one.split)) for one in labelled]
     if not reading.patient_column:
         return named_records(labelled)
 
@@ -200,6 +245,78 @@ def read_csv_file(found: Found) -> list[Record]:
         patient = patient_of[key(record.path)] or record.patient
         records.append(replace(record, patient=patient))
     return records
+
+
+def _read_labels(found: Found, file: str, table: Sequence[tuple[str, dict[str, str]]]) -> list[str]:
+    """Return the grade of each row of a csv as text, empty where it is not known, or UNGRADABLE.
+
+    Raises InputError, naming the row, for a label that says no grade.
+    """
+    reading = found.reading
+    named = reading.named
+    texts = []
+    labels = set()
+    in_words: dict[str, int | None] = {}
+    for where, row in table:
+        label = row.get(reading.grade_column, "")
+        labels.add(label)
+        # What the user says of a label (--grades) counts before what the label itself says.
+        if label.casefold() in named:
+            grade = named[label.casefold()]
+            in_words[label] = grade
+        elif label.casefold() in NOT_KNOWN:
+            texts.append("")
+            continue
+        elif is_grade(label):
+            texts.append(label)
+            continue
+        else:
+            grade = grade_of_name(label)
+            if grade is None:
+                raise InputError(
+                    f"{where}: grade is {label!r}; expected 0, 1, 2, 3 or 4, or nothing; say what "
+                    f"it means: prepare_data.py --grades {label!r} 0, or {label!r} {UNGRADABLE}"
+                )
+            in_words[label] = grade
+        texts.append(UNGRADABLE if grade is None else str(grade))
+    _refuse_unused(found, labels, f"labels of column {reading.grade_column}")
+    _note_labels(found, "labels", in_words)
+    return texts
+
+
+def _read_splits(
+    found: Found, file: str, table: Sequence[tuple[str, dict[str, str]]], key: Callable[[str], str]
+) -> dict[str, str]:
+    """Return the split of each row by the key of its path; nothing where no column says it.
+
+    The column is the one that the user named, else one of SPLIT_COLUMNS that holds splits alone.
+    Raises InputError, naming the row, where a named column holds anything else, and for a
+    photograph in two splits.
+    """
+    reading = found.reading
+    column = reading.split_column
+    if not column:
+        header = table[0][1]
+        usual = [name for name in header if name.casefold() in SPLIT_COLUMNS]
+        if not usual:
+            return {}
+        column = usual[0]
+
+    split_of: dict[str, str] = {}
+    for where, row in table:
+        split = SPLIT_WORDS.get(row[column].casefold())
+        if split is None and not reading.split_column:
+            found.notes.append(
+                f"column {column} of {file} is not read as splits: it holds {row[column]!r}"
+            )
+            return {}
+        if split is None:
+            raise InputError(f"{where}: {column} is {row[column]!r}; expected train, val or test")
+        name = key(row[reading.path_column])
+        if split_of.setdefault(name, split) != split:
+            raise InputError(f"{where}: {name} is in {split_of[name]} further up; keep one")
+    found.notes.append(f"splits are those of column {column} of {file}")
+    return split_of
 
 
 def _match_csv(
@@ -219,7 +336,8 @@ def _match_csv(
         if key(path) in places or key is stem_of:
             candidates.append(path)
     check_files(found.root, place_of)
-    return found.match(candidates, file, "train", rows, key=key)
+    dropped = {UNGRADABLE: UNGRADABLE}
+    return found.match(candidates, file, "train", rows, dropped=dropped, key=key)
 
 
 def _choose_csv(found: Found) -> str:

@@ -27,7 +27,14 @@ class Reading:
     path_column: str = ""
     grade_column: str = ""
     patient_column: str = ""
-    grades: dict[str, int] = field(default_factory=dict)  # by the folder's name or the label
+    # By the folder's name or the label; None leaves out what cannot be graded.
+    grades: dict[str, int | None] = field(default_factory=dict)
+    split_column: str = ""
+
+    @property
+    def named(self) -> dict[str, int | None]:
+        """The grades by name, in lower case."""
+        return {name.casefold(): grade for name, grade in self.grades.items()}
 
 
 class TableRow(NamedTuple):

@@ -247,9 +247,14 @@ def parse_grade(where: str, text: str) -> int | None:
     """
     if not text:
         return None
-    if not re.fullmatch(rf"[0-{GRADES - 1}](\.0*)?", text):
+    if not is_grade(text):
         raise InputError(f"{where}: grade is {text!r}; expected 0, 1, 2, 3 or 4, or nothing")
     return int(text[0])
+
+
+def is_grade(text: str) -> bool:
+    """Return whether a cell holds a grade, as a number."""
+    return bool(re.fullmatch(rf"[0-{GRADES - 1}](\.0*)?", text))
 
 
 # -------------------------------------------------------------------------------------------- paths

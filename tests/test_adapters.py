@@ -343,8 +343,17 @@ def test_messidor2_says_ungradable_in_several_ways_or_has_other_columns(tmp_path
     assert [r.path for r in manifest.records] == ["a.png"]
     assert "1 photographs left out, ungradable: b" in manifest.notes
     assert "1 photographs left out, without a grade: c" in manifest.notes
-    (tmp_path / "messidor_data.csv").write_text("id_code,diagnosis\na,1\n")
+    (tmp_path / "messidor_data.csv").write_text("id_code,level\na,1\n")
     assert has_note(open_data(tmp_path), "tables are not read")
+
+
+def test_messidor2_of_a_mirror_with_other_columns(messidor2):
+    file = messidor2 / "messidor_data.csv"
+    original = open_data(messidor2)
+    text = file.read_text().replace("image_id,adjudicated_dr_grade", "id_code,diagnosis")
+    file.write_text(text)
+    mirror = open_data(messidor2)
+    assert mirror.layout == "messidor2" and mirror.records == original.records
 
 
 def test_idrid(tmp_path):

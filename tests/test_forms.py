@@ -227,6 +227,62 @@ def test_csv_with_labels_in_words(tmp_path):
         open_data(tmp_path, reading=Reading("file", "dr"))
 
 
+def test_csv_labels_that_need_no_map_and_what_is_ungradable(tmp_path):
+    labels = {"a": "No DR", "b": "Moderate", "c": "NA", "d": "4", "e": "5", "f": "2.0"}
+    rows = "\n".join(f"{name}.png,{label}" for name, label in labels.items())
+    csv_of(tmp_path, f"file,dr\n{rows}\n", *(f"{name}.png" for name in labels))
+    with pytest.raises(InputError, match=r"row 6: grade is '5'.*--grades '5' 0, or '5' ungradable"):
+        open_data(tmp_path, reading=Reading("file", "dr"))
+    manifest = open_data(tmp_path, reading=Reading("file", "dr", grades={"5": None}))
+    assert {(path, grade) for path, grade, _ in rows_of(manifest)} == {
+        ("a.png", 0),
+        ("b.png", 2),
+        ("c.png", None),
+        ("d.png", 4),
+        ("f.png", 2),
+    }
+    assert "1 photographs left out, ungradable: e.png" in manifest.notes
+    assert "labels read as grades: No DR = 0, Moderate = 2, 5 = ungradable" in manifest.notes
+    with pytest.raises(InputError, match="--grades sik: is none of the labels of column dr"):
+        open_data(tmp_path, reading=Reading("file", "dr", grades={"5": None, "sik": 2}))
+
+
+def test_class_folders_of_ungradable_photographs_are_left_out(tmp_path):
+    touch(tmp_path, *(f"{grade}/{grade}{i}.png" for grade in range(6) for i in range(2)))
+    manifest = open_data(tmp_path, reading=Reading(grades={"5": None}))
+    assert {record.grade for record in manifest.records} == {0, 1, 2, 3, 4}
+    assert "2 photographs left out, ungradable: 5/50.png, 5/51.png" in manifest.notes
+    with pytest.raises(InputError, match="--grades six: is none of the class folders"):
+        open_data(tmp_path, reading=Reading(grades={"5": None, "six": 2}))
+
+
+@pytest.mark.parametrize("column", ["Subset", "where it belongs"])
+def test_csv_keeps_the_splits_of_its_column(tmp_path, column):
+    splits = {"a": "training", "b": "TEST", "c": "valid", "d": "train", "e": "test"}
+    rows = "\n".join(f"{name}.png,2,{split}" for name, split in splits.items())
+    csv_of(tmp_path, f"file,dr,{column}\n{rows}\n", *(f"{name}.png" for name in splits))
+    said = "" if column == "Subset" else column
+    manifest = open_data(tmp_path, reading=Reading("file", "dr", split_column=said))
+    split_of = {record.path[0]: record.split for record in manifest.records}
+    assert split_of == {"a": "train", "b": "test", "c": "val", "d": "train", "e": "test"}
+    assert f"splits are those of column {column} of my.csv" in manifest.notes
+
+
+def test_csv_columns_that_hold_no_splits(tmp_path):
+    text = "file,dr,set\na.png,0,train\nb.png,3,\nb.png,3,test\n"
+    csv_of(tmp_path, text, "a.png", "b.png")
+    notes = open_data(tmp_path, reading=Reading("file", "dr")).notes
+    assert "column set of my.csv is not read as splits: it holds ''" in notes
+    with pytest.raises(InputError, match=r"my.csv, row 3: set is ''; expected train, val or test"):
+        open_data(tmp_path, reading=Reading("file", "dr", split_column="set"))
+    (tmp_path / "my.csv").write_text(text.replace("3,\n", "3,val\n"))
+    with pytest.raises(InputError, match=r"row 4: b.png is in val further up"):
+        open_data(tmp_path, reading=Reading("file", "dr", split_column="set"))
+    (tmp_path / "my.csv").write_text("file,dr,who,set\na.png,0,ann,train\nb.png,3,ann,test\n")
+    with pytest.raises(InputError, match=r"1 patients are in more than one split: ann"):
+        open_data(tmp_path, reading=Reading("file", "dr", "who"))
+
+
 def test_csv_of_names_alone(tmp_path):
     csv_of(tmp_path, "file,dr\n1.jpg,0\n3.jpg,2\n", "a/1.png", "b/3.png")
     manifest = open_data(tmp_path, reading=Reading("file", "dr"))

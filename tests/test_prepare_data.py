@@ -342,9 +342,9 @@ def test_another_size_or_a_foreign_folder_is_refused(source, tmp_path):
         ({"workers": -1}, "--workers -1: expected"),
         ({"folds": 1}, "--folds 1: expected 2 or more"),
         ({"folds": -2}, "--folds -2: expected"),
-        ({"grades": {"healthy": 0, "sick": GRADES}}, "--grades 5: expected"),
         ({"grade_column": "dr"}, "--path-column"),
         ({"patient_column": "id"}, "--path-column"),
+        ({"split_column": "set"}, "--split-column: needs --path-column"),
     ],
     ids=str,
 )
