@@ -41,7 +41,7 @@ from weights import Weights, load_weights, open_frozen, read_weights, save_backb
 DEMO = utils.HERE / "configs" / "demo.yaml"
 HINT = "lower --lr or --clip-grad or use --precision fp32, in a new --output-dir"
 # These may differ when a run is resumed, and --epochs may grow.
-RESUMABLE = ["workers", "device", "checkpointing", "compile"]
+RESUMABLE = ["workers", "device", "follow_links", "checkpointing", "compile"]
 RESUMABLE += ["log_every", "save_minutes", "keep_every", "knn_every"]
 
 
@@ -842,7 +842,7 @@ def main(options: Options, config: Path | None) -> None:
 
         # The photographs, and the order in which steps take them.
         with processes.main_first():  # draws synthetic photographs once
-            manifest = data.open_manifest(options.data)
+            manifest = data.open_manifest(options.data, follow_links=options.follow_links)
         records = manifest.split("train")
         views = MultiCrop(options, options.mask_grid, options.lesion_grid)
         dataset = data.PhotographDataset(

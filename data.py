@@ -24,6 +24,7 @@ from augment import CropBatch
 from devices import Processes
 from fundus.copies import same_files
 from fundus.layouts import open_data
+from fundus.listing import Reading
 from fundus.manifest import Manifest, Record
 from fundus.painting import known_lesions, paint_lesions
 from fundus.photographs import PhotographError, load_photograph, open_photograph, pad_square
@@ -51,10 +52,12 @@ class DataOptions:
     data: Annotated[str, tyro.conf.arg(aliases=("--data-path",))] = ""
     """synthetic[:N[@SIZE]], a prepared folder, class folders, a folder of photographs, or a data
     set as downloaded."""
+    follow_links: bool = False
+    """Follow links that lead out of the folder, as to another disk."""
 
 
 # ------------------------------------------------------------------------------- which photographs
-def open_manifest(data: str) -> Manifest:
+def open_manifest(data: str, *, follow_links: bool = False) -> Manifest:
     """Open what `--data` names (DataOptions) and log what was found.
 
     Raises InputError when it is nothing that is understood. Draws synthetic photographs once.
@@ -65,7 +68,9 @@ def open_manifest(data: str) -> Manifest:
     if name == "synthetic":
         manifest = synthetic_manifest(*_read_synthetic(asked))
     else:
-        manifest = open_data(Path(data), linked=same_files)
+        manifest = open_data(
+            Path(data), reading=Reading(follow_links=follow_links), linked=same_files
+        )
     for note in manifest.notes:
         log.info("data: %s", note)
     return manifest

@@ -53,6 +53,7 @@ NOT_SETTINGS = {
     "arch",
     "data",
     "test_data",
+    "follow_links",
     "output_dir",
     "device",
     "workers",
@@ -184,17 +185,34 @@ def open_evaluation(options: Any, kind: str) -> Evaluation:
     Raises InputError without data, and for an image size that the patch size does not divide.
     """
     weights, output = open_weights(options, kind)
-    data = options.data or weights.run_options.get("data", "")
-    if not data:
-        raise InputError(f"{weights.path}: belongs to no run that names its data; add --data")
+    data = choose_data(options, weights)
     image_size = choose_image_size(options, weights.spec)
-    manifest = open_manifest(data)
+    manifest = open_manifest(data, follow_links=options.follow_links)
 
     device = choose_device(options.device)
     use_fast_matmul(device)
     dtype = autocast_dtype(options.precision, device)
     backbone = load_backbone(weights).to(device)
     return Evaluation(options, weights, backbone, dtype, output, manifest, image_size)
+
+
+def choose_data(options: Any, weights: Weights) -> str:
+    """Return what `--data` names, or else the data of the weights' run.
+
+    Raises InputError where there is none, and where the run's folder is no longer there.
+    """
+    if options.data:
+        return options.data
+    data = weights.run_options.get("data", "")
+    if not data:
+        raise InputError(f"{weights.path}: belongs to no run that names its data; add --data")
+    is_drawn = data.partition(":")[0] == "synthetic"
+    if not is_drawn and not Path(data).expanduser().exists():
+        raise InputError(
+            f"{weights.path}: its run learned from {data}, which is not there (seen from "
+            f"{Path.cwd()}); where the folder has moved, name it: --data FOLDER"
+        )
+    return data
 
 
 # ------------------------------------------------------------------------------------- the protocol
@@ -235,12 +253,14 @@ def validation_records(evaluation: Evaluation) -> list[Record]:
     return [record for record in evaluation.manifest.split("val") if record.grade is not None]
 
 
-def open_test_sets(manifest: Manifest, others: Sequence[str]) -> list[GradedSet]:
+def open_test_sets(
+    manifest: Manifest, others: Sequence[str], *, follow_links: bool = False
+) -> list[GradedSet]:
     """Return the graded test split, and all graded photographs of each of `others`."""
     sets = [GradedSet("", manifest, graded(manifest, manifest.split("test"), "test"))]
     names = {""}
     for source in others:
-        other = open_manifest(source)
+        other = open_manifest(source, follow_links=follow_links)
         name = _free_name(other.root.resolve().name, names)
         names.add(name)
         sets.append(GradedSet(name, other, graded(other, other.records, source)))
@@ -270,7 +290,8 @@ def open_folds(evaluation: Evaluation) -> list[Evaluation]:
         )
     opened = []
     for number, file in enumerate(files, 1):
-        manifest = read_manifest(root, file.name)
+        links = evaluation.options.follow_links
+        manifest = read_manifest(root, file.name, follow_links=links)
         together = sorted(manifest.records, key=lambda record: record.path)
         fold = replace(
             evaluation,
@@ -527,7 +548,8 @@ def evaluate_all(evaluation: Evaluation, protocol: str, grade: Grade) -> None:
     if evaluation.options.folds:
         evaluate_folds(evaluation, protocol, grade)
         return
-    sets = open_test_sets(evaluation.manifest, evaluation.options.test_data)
+    options = evaluation.options
+    sets = open_test_sets(evaluation.manifest, options.test_data, follow_links=options.follow_links)
     check_results(evaluation, sets, protocol)
     training = training_records(evaluation)
     validation = validation_records(evaluation)

@@ -86,6 +86,8 @@ class PrepareOptions:
     grades: dict[str, GradeWord] = field(default_factory=dict)
     """Grades of class folders, or of a csv's labels, by name: --grades healthy 0 mild 1. What is
     ungradable is left out: --grades 5 ungradable."""
+    follow_links: bool = False
+    """Follow links that lead out of --source, as to another disk."""
     folds: Annotated[int, Bounds(0, 1000)] = 0
     """Also write manifest-fold-1.csv and so on, for cross-validation with this many folds."""
     image_format: Literal["jpeg", "png"] = "jpeg"
@@ -337,6 +339,7 @@ def read_source(options: PrepareOptions) -> Manifest:
         options.patient_column,
         grades,
         options.split_column,
+        options.follow_links,
     )
     manifest = read_data(options.source, options.layout, reading)
     root = manifest.root.resolve()

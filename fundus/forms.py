@@ -17,15 +17,7 @@ from fundus.listing import (
     named_records,
     stem_of,
 )
-from fundus.manifest import (
-    SPLIT_WORDS,
-    Record,
-    check_files,
-    check_path,
-    is_grade,
-    name_examples,
-    read_csv,
-)
+from fundus.manifest import SPLIT_WORDS, Record, check_path, is_grade, name_examples, read_csv
 from utils import InputError
 
 # What tables write where a grade is not known, and how a label stands for "ungradable".
@@ -322,20 +314,14 @@ def _read_splits(
 def _match_csv(
     found: Found, file: str, rows: Sequence[TableRow], key: Callable[[str], str]
 ) -> list[Labelled]:
-    """Return the photographs that the rows grade; InputError for links out of the folder."""
-    places = {}
-    for row in rows:
-        places[key(row.name)] = row.where
+    """Return the photographs that the rows grade."""
+    named = {key(row.name) for row in rows}
     candidates = []
-    place_of = {}
     for path in found.photographs:
-        if key(path) in places:
-            place_of[path] = places[key(path)]
         # A csv of paths may be about a part of the folder. By names alone, photographs of other
         # folders could be meant as well, so all of them have to be told apart.
-        if key(path) in places or key is stem_of:
+        if key(path) in named or key is stem_of:
             candidates.append(path)
-    check_files(found.root, place_of)
     dropped = {UNGRADABLE: UNGRADABLE}
     return found.match(candidates, file, "train", rows, dropped=dropped, key=key)
 

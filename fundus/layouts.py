@@ -53,7 +53,7 @@ def read_data(path: str | os.PathLike, layout: str, reading: Reading) -> Manifes
 
     # A manifest.csv says all there is to say, unless --path-column asks for other columns of it.
     if layout == "auto" and csv_name.startswith("manifest") and (root / csv_name).is_file():
-        return read_manifest(root, csv_name)
+        return read_manifest(root, csv_name, follow_links=reading.follow_links)
     # Without manifest.csv it is half prepared, and would be read as a folder of photographs.
     if (root / "prepare.jsonl").is_file():
         raise InputError(f"{root}: its preparation is unfinished; repeat that prepare_data.py")

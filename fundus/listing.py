@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from fundus.manifest import Record, name_examples, parse_grade, read_csv
+from fundus.manifest import Record, is_inside, leads_out_error, name_examples, parse_grade, read_csv
 from utils import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp")
@@ -30,6 +30,7 @@ class Reading:
     # By the folder's name or the label; None leaves out what cannot be graded.
     grades: dict[str, int | None] = field(default_factory=dict)
     split_column: str = ""
+    follow_links: bool = False  # that lead out of the data set's folder
 
     @property
     def named(self) -> dict[str, int | None]:
@@ -222,16 +223,17 @@ def _grades_by_key(
 
 
 def scan_folder(root: Path, reading: Reading, csv_name: str) -> Found:
-    """Return the photographs and tables below `root`, at any depth; links are followed.
+    """Return the photographs and tables below `root`, at any depth.
 
     Hidden files and folders are passed over, as is __MACOSX, which archives made on a Mac hold.
-    Files of other kinds are counted in a note. Raises InputError for folders that cannot be read
-    and names that are no UTF-8.
+    Links inside `root` are followed, and those out of it where `reading` says so. Files of other
+    kinds are counted in a note. Raises InputError for folders that cannot be read, names that are
+    no UTF-8 and links out of `root`.
     """
     photographs = []
     tables = []
     others: Counter[str] = Counter()
-    for path in _walk(root):
+    for path in _walk(root, follow_links=reading.follow_links):
         name = path.lower()
         if name.endswith(SUFFIXES):
             photographs.append(path)
@@ -264,8 +266,12 @@ def _depth(path: str) -> tuple[int, str]:
     return path.count("/"), path
 
 
-def _walk(root: Path) -> Iterable[str]:
-    """Give the path of every file below `root`, posix and relative to it."""
+def _walk(root: Path, *, follow_links: bool) -> Iterable[str]:
+    """Give the path of every file below `root`, posix and relative to it.
+
+    Raises InputError for a folder, photograph or table that is a link out of `root`, unless
+    `follow_links`. A link that leads nowhere is as harmless as a file that cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})")
@@ -278,9 +284,17 @@ def _walk(root: Path) -> Iterable[str]:
             folders.clear()
             continue
         visited.add(real)
+        if not follow_links and not is_inside(Path(folder), root):
+            raise leads_out_error(folder)
         # os.walk goes on into the folders that are left in its own list.
         folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
         below_root = Path(folder).relative_to(root)
         for name in names:
-            if name[0] != ".":
-                yield (below_root / name).as_posix()
+            if name[0] == ".":
+                continue
+            path = Path(folder, name)
+            is_read = name.lower().endswith((*SUFFIXES, *TABLES))
+            is_link = is_read and path.is_symlink() and path.exists()
+            if is_link and not follow_links and not is_inside(path, root):
+                raise leads_out_error(str(path))
+            yield (below_root / name).as_posix()

@@ -85,11 +85,14 @@ class Manifest:
 # ------------------------------------------------------------------------------------- manifest.csv
 
 
-def read_manifest(folder: str | os.PathLike, name: str = "manifest.csv") -> Manifest:
+def read_manifest(
+    folder: str | os.PathLike, name: str = "manifest.csv", *, follow_links: bool = False
+) -> Manifest:
     """Return the manifest that the csv `name` in `folder` holds.
 
     Raises InputError, naming the row, for a row at fault, a photograph named twice, a file that is
-    not there and a link out of the folder; and for patients that are in two splits.
+    not there and, unless `follow_links`, a link out of the folder; and for patients that are in two
+    splits.
     """
     root = Path(folder)
     records = []
@@ -101,7 +104,7 @@ def read_manifest(folder: str | os.PathLike, name: str = "manifest.csv") -> Mani
         places[record.path] = where
         records.append(record)
 
-    missing = check_files(root, places)
+    missing = check_files(root, places, follow_links=follow_links)
     if missing:
         raise InputError(
             f"{places[missing[0]]}: {len(missing)} of {len(places)} files are not there: "
@@ -268,11 +271,12 @@ def check_path(where: str, text: str) -> None:
         raise InputError(f"{where}: path is {text!r}; expected one inside the csv's folder")
 
 
-def check_files(root: Path, places: Mapping[str, str]) -> list[str]:
+def check_files(root: Path, places: Mapping[str, str], *, follow_links: bool = False) -> list[str]:
     """Return those of the paths below `root` that are no file.
 
     `places` says where each path stands in a table. Raises InputError, naming that place, for a
-    link that leads out of `root`: a manifest from elsewhere must not make us read private files.
+    link that leads out of `root`, unless `follow_links`: a manifest from elsewhere must not make us
+    read private files.
     """
     # Each folder is listed once, which is faster than asking the disk for every single file.
     listings: dict[str, dict[str, os.DirEntry]] = {}
@@ -282,14 +286,14 @@ def check_files(root: Path, places: Mapping[str, str]) -> list[str]:
         folder, _, name = path.rpartition("/")
         if folder not in listings:
             listings[folder] = _list_folder(root / folder)
-            outside[folder] = not _is_inside(root / folder, root)
+            outside[folder] = not is_inside(root / folder, root)
 
         entry = listings[folder].get(name)
         leads_out = outside[folder]
         if entry is not None and entry.is_symlink():
-            leads_out = leads_out or not _is_inside(root / path, root)
-        if leads_out:
-            raise InputError(f"{where}: {path} is a link out of the folder; put the file there")
+            leads_out = leads_out or not is_inside(root / path, root)
+        if leads_out and not follow_links:
+            raise leads_out_error(f"{where}: {path}")
 
         # A disk may ignore case or compose accents, so that it has a file of this name although the
         # listing spells it in another way.
@@ -306,7 +310,15 @@ def _list_folder(folder: Path) -> dict[str, os.DirEntry]:
     return {entry.name: entry for entry in os.scandir(folder)}
 
 
-def _is_inside(path: Path, root: Path) -> bool:
+def leads_out_error(what: str) -> InputError:
+    """Return the error for a link out of the data's folder."""
+    return InputError(
+        f"{what} is a link out of the folder; put the file there, or allow such links: "
+        "--follow-links"
+    )
+
+
+def is_inside(path: Path, root: Path) -> bool:
     """Return whether a path, with all links followed, is at or below `root`."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 

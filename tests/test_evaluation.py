@@ -65,6 +65,7 @@ class Options:
     folds: bool = False
     pictures: bool = True
     allow_seen: bool = False
+    follow_links: bool = False
     features: str = "backbone"
 
 
@@ -276,6 +277,16 @@ def test_weights_of_no_run_need_data(tmp_path, manifest):
     with pytest.raises(InputError, match="add --data"):
         open_evaluation(Options(pretrained=str(path)), "knn")
     opened = open_evaluation(Options(pretrained=str(path), data=str(manifest.root)), "knn")
+    assert opened.manifest.root == manifest.root
+
+
+def test_data_of_a_run_that_have_moved_are_named_anew(tmp_path, manifest):
+    path = tmp_path / "backbone.safetensors"
+    save_backbone(helpers.pico(), path, {"data": "/gone/set"})
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(InputError, match="learned from /gone/set, which is not there.*--data F"):
+        open_evaluation(Options(pretrained=str(tmp_path)), "knn")
+    opened = open_evaluation(Options(pretrained=str(tmp_path), data=str(manifest.root)), "knn")
     assert opened.manifest.root == manifest.root
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from helpers import assert_disjoint, by_path, touch
 
 from fundus.layouts import open_data
 from fundus.listing import Found, Labelled, Reading, TableRow, grade_of_name, stem_of
+from fundus.manifest import Record, write_manifest
 from utils import InputError
 
 
@@ -80,12 +82,41 @@ def test_numbering_per_folder_is_not_taken_for_patients(tmp_path):
     assert patients["test/2/2.png"] == "2"
 
 
-def test_links_are_followed_and_do_not_go_round(tmp_path):
-    touch(tmp_path / "elsewhere", "a.png", "b.png")
-    (tmp_path / "data").mkdir()
-    os.symlink(tmp_path / "elsewhere", tmp_path / "data" / "link")
+def test_links_do_not_go_round(tmp_path):
+    touch(tmp_path / "data", "own/a.png", "own/b.png")
     os.symlink(tmp_path / "data", tmp_path / "data" / "back")
     assert len(open_data(tmp_path / "data").records) == 2
+
+
+@pytest.mark.parametrize("layout", ["photographs", "class_folders", "csv", "manifest"])
+@pytest.mark.parametrize("linked", ["folder", "file"])
+def test_links_out_of_the_folder_take_an_option(tmp_path, layout, linked):
+    """The same in all layouts; the data's folder itself may be a link."""
+    touch(tmp_path / "disk", "a.png", "b.png")
+    real = tmp_path / "real"
+    (real / "train").mkdir(parents=True)
+    if linked == "folder":
+        os.symlink(tmp_path / "disk", real / "train" / "2")
+    else:
+        (real / "train" / "2").mkdir()
+        for name in ("a.png", "b.png"):
+            os.symlink(tmp_path / "disk" / name, real / "train" / "2" / name)
+    os.symlink("/nowhere/at/all", real / "README")
+    root = tmp_path / "data"
+    os.symlink(real, root)
+    reading = Reading()
+    if layout == "csv":
+        (real / "t.csv").write_text("file,dr\ntrain/2/a.png,2\ntrain/2/b.png,3\n")
+        reading = Reading("file", "dr")
+    if layout == "manifest":
+        paths = ("train/2/a.png", "train/2/b.png")
+        write_manifest(real, [Record(path, 0, path, "", "train") for path in paths])
+    named = "auto" if layout in ("csv", "manifest") else layout
+    with pytest.raises(InputError, match=r"is a link out of the folder.*--follow-links"):
+        open_data(root, named, reading)
+    manifest = open_data(root, named, replace(reading, follow_links=True))
+    assert manifest.layout == layout
+    assert [record.path for record in manifest.records] == ["train/2/a.png", "train/2/b.png"]
 
 
 def test_the_uppermost_of_several_tables_is_read(tmp_path):
