@@ -44,7 +44,7 @@ from weights import BackboneOptions, Weights, load_backbone, read_weights
 PAPER_SIZE = 224  # side in pixels of the published view
 
 # Changes with what extraction returns or how: older caches are then made anew.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 # Options that say where things are, and how to compute; all others are settings of the protocol.
 NOT_SETTINGS = {

@@ -18,7 +18,10 @@ BRIGHTEST_SURROUND = 64  # on grey the rim is not where the brightness ends
 LEAST_CONTRAST = 10
 LEAST_BRIGHT_SHARE = 0.05
 LEAST_FRAME_SHARE = 0.4  # of the frame's shorter side, by the disc's shorter side
-LEAST_ASPECT = 0.6  # shorter over longer side of a disc that the frame cuts off
+LEAST_ASPECT = 0.6  # shorter over longer side of a disc that is cut off, or was squeezed
+
+# What a program filled around the fundus is flat, unlike a fundus that fills the frame.
+FLAT = 1.5  # largest deviation of its grey levels, which JPEG makes
 
 
 class Box(NamedTuple):
@@ -47,15 +50,28 @@ class Box(NamedTuple):
 def find_field_of_view(image: np.ndarray) -> Box | None:
     """Return the box of the bright disc in an RGB image, uint8 (H, W, 3); None if in doubt.
 
-    The frame may cut the disc off. Stamps, labels, light leaks and shadows are expected.
+    The frame may cut the disc off. Stamps, labels, light leaks and shadows are expected, and what
+    other programs do: a surround or a border of another colour, a disc that was squeezed.
     """
     factor = max(1, max(image.shape) // SEARCH_SIDE)
     small = np.asarray(Image.fromarray(image).reduce(factor))  # (h, w, 3)
 
     # Fundi differ in colour, so the brightest channel counts. The median takes hot pixels away.
-    red, green, blue = np.moveaxis(small, 2, 0)
-    light = _median(np.maximum(np.maximum(red, green), blue))  # (h, w)
+    disc = _find_bright(_median(small.max(axis=2)))
+    if disc is None:
+        disc = _find_on_color(small)
+    if disc is None:
+        return None
+    return Box(
+        left=disc.left * factor,
+        top=disc.top * factor,
+        right=min(disc.right * factor, image.shape[1]),
+        bottom=min(disc.bottom * factor, image.shape[0]),
+    )
 
+
+def _find_bright(light: np.ndarray) -> Box | None:
+    """Return the box of the disc that is brighter than its surround in an image (h, w)."""
     surround = _surround(light)
     if surround > BRIGHTEST_SURROUND:
         return None
@@ -73,13 +89,68 @@ def find_field_of_view(image: np.ndarray) -> Box | None:
         shorter = min(disc.width, disc.height)
         longer = max(disc.width, disc.height)
         if shorter >= LEAST_FRAME_SHARE * min(light.shape) and shorter >= LEAST_ASPECT * longer:
-            return Box(
-                left=disc.left * factor,
-                top=disc.top * factor,
-                right=min(disc.right * factor, image.shape[1]),
-                bottom=min(disc.bottom * factor, image.shape[0]),
-            )
+            return disc
     return None
+
+
+def _find_on_color(small: np.ndarray) -> Box | None:
+    """Return the box of the disc within a flat border, or on a flat surround of any colour.
+
+    `small` is uint8 RGB (h, w, 3). What is flat was filled by a program: no tissue is.
+    """
+    inner = _within_border(small)
+    part = inner.cut(small)
+    if min(part.shape[:2]) < LEAST_FRAME_SHARE * min(small.shape[:2]):
+        return None
+    color = _flat_surround(part)
+    if color is None:
+        return None
+    distance = np.abs(part.astype(np.int16) - color).max(axis=2)
+    disc = _find_bright(_median(distance.astype(np.uint8)))
+    if disc is None:
+        return None
+    return Box(
+        left=disc.left + inner.left,
+        top=disc.top + inner.top,
+        right=disc.right + inner.left,
+        bottom=disc.bottom + inner.top,
+    )
+
+
+def _within_border(small: np.ndarray) -> Box:
+    """Return the box of an RGB image (h, w, 3) without the lines at its edges that are flat."""
+    top, bottom = _without_flat_ends(small)
+    if top == bottom:
+        return Box(0, 0, 0, 0)
+    left, right = _without_flat_ends(small[top:bottom].swapaxes(0, 1))
+    return Box(left, top, right, bottom)
+
+
+def _without_flat_ends(lines: np.ndarray) -> tuple[int, int]:
+    """Return the first and the last + 1 of the lines (n, m, 3) that is not flat."""
+    is_flat = lines.std(axis=1).max(axis=1) <= FLAT
+    textured = np.flatnonzero(~is_flat)
+    if textured.size == 0:
+        return 0, 0
+    # Where a border ends, the line between it and the picture is a mixture of both.
+    first = textured[0] + (textured[0] > 0)
+    last = textured[-1] - (textured[-1] < len(lines) - 1)
+    return int(first), max(int(first), int(last) + 1)
+
+
+def _flat_surround(small: np.ndarray) -> np.ndarray | None:
+    """Return the colour (3,) of the four corners of an RGB image if they are one and flat."""
+    side = max(2, min(small.shape[:2]) // 32)
+    corners = []
+    for rows in (slice(None, side), slice(-side, None)):
+        for columns in (slice(None, side), slice(-side, None)):
+            corner = small[rows, columns].reshape(-1, 3)
+            if corner.std(axis=0).max() > FLAT:
+                return None
+            corners.append(np.median(corner, axis=0))
+    if np.ptp(corners, axis=0).max() > 4 * FLAT:
+        return None
+    return np.median(corners, axis=0).astype(np.int16)
 
 
 def _surround(light: np.ndarray) -> np.floating:
@@ -140,13 +211,22 @@ def _disc(mask: np.ndarray) -> Box | None:
 
     # Compare it with the disc in the middle of the box that is as wide as the box's longer side.
     # A fundus fills that disc; a panel or a label does so, too, and the corners around it as well.
-    y = np.arange(box.height) - (box.height - 1) / 2
+    y = (np.arange(box.height) - (box.height - 1) / 2)[:, None]
     x = np.arange(box.width) - (box.width - 1) / 2
-    disc = x**2 + y[:, None] ** 2 <= max(box.width, box.height) ** 2 / 4
-    corners = filled[~disc].sum() / max(1, (~disc).sum())
-    if filled[disc].mean() > 0.95 and corners < 0.7:
+    longer = max(box.width, box.height)
+    if _fills(filled, x**2 + y**2 <= longer**2 / 4, most_outside=0.7):
+        return box
+    # Photographs that were squeezed into a square have ellipses, all of which is in the frame.
+    ellipse = (x / box.width) ** 2 + (y / box.height) ** 2 <= 1 / 4
+    if _fills(filled, ellipse, most_outside=0.3):
         return box
     return None
+
+
+def _fills(region: np.ndarray, shape: np.ndarray, most_outside: float) -> bool:
+    """Return whether a region (h, w) fills a shape, and no more than a share of what is outside."""
+    outside = region[~shape].sum() / max(1, (~shape).sum())
+    return bool(region[shape].mean() > 0.95 and outside < most_outside)
 
 
 def _mean_of_window(mask: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Run: pytest tests/test_field_of_view.py
 import numpy as np
 import pytest
 from discs import assert_boxes_agree, draw_fundus, to_uint8
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from fundus import field_of_view
 from fundus.field_of_view import Box, find_field_of_view
@@ -104,16 +104,69 @@ def test_half_a_disc_is_not_taken_for_one():
     assert find_field_of_view(to_uint8(image)) is None
 
 
-def test_none_is_found_on_grey():
-    """Where the surround is no black, the rim is not where the brightness ends."""
-    image = draw_fundus(light=220)
-    image[image.sum(axis=2) == 0] = 128
-    assert find_field_of_view(to_uint8(image)) is None
+@pytest.mark.parametrize("color", [(128, 128, 128), (255, 255, 255), (20, 40, 160)], ids=str)
+def test_a_flat_surround_may_have_any_color(color):
+    """Programs fill the surround: Graham's way grey, a document white."""
+    rng = np.random.default_rng(0)
+    image = draw_fundus(light=220) + rng.normal(0, 3, (660, 1000, 3))
+    image[draw_fundus().sum(axis=2) == 0] = color  # around the disc
+    assert_boxes_agree(find_field_of_view(to_uint8(image)), DISC, 300)
+    image += rng.normal(0, 12, image.shape)
+    assert find_field_of_view(to_uint8(image)) is None, "what is not flat may be tissue"
+
+
+@pytest.mark.parametrize("color", [(255, 255, 255), (200, 30, 30), (30, 30, 200)], ids=str)
+@pytest.mark.parametrize("width", [3, 12, 60])
+def test_a_border_of_any_color_is_taken_off(color, width):
+    inner = to_uint8(draw_fundus())
+    image = np.empty((660 + 2 * width, 1000 + 2 * width, 3), np.uint8)
+    image[:] = color
+    image[width:-width, width:-width] = inner
+    expected = Box(*(side + width for side in DISC))
+    assert_boxes_agree(find_field_of_view(image), expected, 300)
+
+
+@pytest.mark.parametrize("width, is_found", [(800, True), (660, True), (450, False)])
+def test_a_squeezed_disc_is_found(width, is_found):
+    """Photographs that were squeezed into a square show ellipses; thin ones are something else."""
+    image = Image.fromarray(to_uint8(draw_fundus())).resize((width, 660))
+    found = find_field_of_view(np.asarray(image))
+    if not is_found:
+        assert found is None
+        return
+    expected = Box(round(0.2 * width), 30, round(0.8 * width), 630)
+    assert_boxes_agree(found, expected, 300)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.06])
+def test_speckle_on_the_surround(share):
+    rng = np.random.default_rng(0)
+    image = to_uint8(draw_fundus() + rng.normal(0, 15, (660, 1000, 3)))
+    hit = rng.random((660, 1000)) < share
+    image[hit] = rng.integers(0, 256, (hit.sum(), 3))
+    assert_boxes_agree(find_field_of_view(image), DISC, 300)
+
+
+def test_an_equalised_surround():
+    """Equalising makes noise of what a JPEG leaves in the black."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(to_uint8(draw_fundus() + rng.normal(1, 1, (660, 1000, 3))))
+    assert_boxes_agree(find_field_of_view(np.asarray(ImageOps.equalize(image))), DISC, 300)
 
 
 def test_a_panel_is_not_taken_for_a_fundus():
+    """A flat one is taken off like a border; a second photograph leaves the crop in doubt."""
     image = draw_fundus(1600, 800, (350, 400), 250)
     image[60:740, 800:1440] = 230
+    assert_boxes_agree(find_field_of_view(to_uint8(image)), Box(100, 150, 600, 650), 250)
+    image += np.random.default_rng(0).normal(0, 10, image.shape)
+    assert find_field_of_view(to_uint8(image)) is None
+
+
+def test_a_fundus_that_fills_the_frame_is_not_searched_for_a_smaller_one():
+    rng = np.random.default_rng(0)
+    image = draw_fundus(600, 600, (300, 300), 600, 220) + rng.normal(0, 5, (600, 600, 3))
+    image += 60 * (draw_fundus(600, 600, (300, 300), 150, 1) > 0)  # a bright disc inside
     assert find_field_of_view(to_uint8(image)) is None
 
 
